@@ -63,6 +63,7 @@ def notebook(title, *cells):
 CIRCLE = """#| export
 def circle_area(
     radius: float,  # Metres; not a `parse_bytes` size
+    unit: Unit | None = None,  # Of the radius
 ) -> float:  # Square metres
     "Area of a circle"
     return math.pi * radius**2"""
@@ -71,6 +72,7 @@ SHAPES = notebook(
     code("#| default_exp shapes"),
     code("#| hide\nimport os  # hidden words"),
     code("#| export\nimport math"),
+    code("#| export\nclass Unit: 'Of a length'"),
     "A circle has area $\\pi r^2$: `circle_area`. `parse_bytes` reads sizes; `GausssafeError._message` and `_rebuild` are internal.\n- a tight list",
     code(CIRCLE),
     "## A table and a figure",
@@ -134,7 +136,8 @@ def test_anchors_are_those_nbdev_links_to(site):
 
 def test_documentation_of_names_is_written(site):
     text = site.pages["shapes.html"].text
-    assert "def circle_area( radius:float, # Metres; not a `parse_bytes` size" in text and "Area of a circle" in text
+    assert "def circle_area( radius:float, # Metres; not a `parse_bytes` size unit:Unit | None=None, # Of the radius" in text
+    assert "Area of a circle" in text
 
 
 def test_hidden_cells_are_absent(site):

@@ -44,8 +44,8 @@ def fence(text: str, attributes: str) -> str:
 
 
 def show_doc(text: str) -> str:
-    "nbdev links names in signatures too, where markdown is not read: take those out"
-    return re.sub(r"^```.*?^```", lambda code: re.sub(r"\[`([^`]+)`\]\([^)]*\)", r"`\1`", code[0]), text, flags=re.M | re.S)
+    "nbdev links names in signatures too, where markdown is not read, and calls the notebook's own classes `__main__`: take that out"
+    return re.sub(r"^```.*?^```", lambda code: re.sub(r"\[(`[^`]+`)\]\([^)]*\)|\b__main__\.", r"\1", code[0]), text, flags=re.M | re.S)
 
 
 def image(mime: str, content: str, stem: Path) -> str:
