@@ -1,6 +1,7 @@
 "JupyterLab as its user meets it: a kernel that is held at 500 MB, in a real server and a real browser"
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -29,6 +30,7 @@ CELLS = [
     'import os, subprocess; subprocess.Popen(["setsid", "sleep", "600"]); print("first kernel", os.getpid())',
     'hog = [b"x" * 20_000_000 for _ in range(200)]  # 4 GB, in a kernel that is held at 500 MB',
     'import os; print("kernel again", os.getpid())',
+    "import time; time.sleep(600)",
 ]
 
 
@@ -106,11 +108,15 @@ class Notebook:
 
     def wait_until_idle(self): self.page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)
     def look(self, name): self.page.screenshot(path=self.folder / f"{name}.png")
-    def output(self, i): return self.page.locator(".jp-CodeCell").nth(i).locator(".jp-OutputArea-output").inner_text()
+    def output(self, i): return "\n".join(self.page.locator(".jp-CodeCell").nth(i).locator(".jp-OutputArea-output").all_inner_texts())
 
-    def run_all(self):
-        self.page.click("text=Run >> nth=0")
-        self.page.click("text=Run All Cells")
+    def choose(self, menu, entry):
+        self.page.click(f".lm-MenuBar-item:has-text('{menu}')")
+        self.page.click(f".lm-Menu-item:has-text('{entry}')")
+
+    def pid_of(self, i, words):
+        "The process id that a cell printed after its words"
+        return int(wait_for(lambda: re.search(rf"{words} (\d+)", self.output(i)))[1])
 
     def run_cell(self, i):
         self.page.locator(".jp-CodeCell").nth(i).locator(".jp-InputArea-editor").click()
@@ -134,12 +140,12 @@ def notebook(lab):
 
 
 def test_a_kernel_killed_at_its_limit_comes_back_under_guard(lab, notebook):
-    notebook.run_all()
+    notebook.choose("Run", "Run All Cells")
     assert "appears to have died. It will restart automatically" in notebook.read_dialog()
-    first = int(notebook.output(0).split()[-1])
+    first = notebook.pid_of(0, "first kernel")
     notebook.wait_until_idle()
     notebook.run_cell(2)
-    again = int(wait_for(lambda: "kernel again" in notebook.page.content() and notebook.output(2)).split()[-1])
+    again = notebook.pid_of(2, "kernel again")
     notebook.look("again")
     assert again != first and not psutil.pid_exists(first) and "sleep" not in names_of(lab.token)
     assert psutil.Process(again).environ()["GAUSSSAFE_LIMIT_BYTES"] == str(LIMIT_BYTES)
@@ -151,10 +157,26 @@ def test_a_kernel_killed_at_its_limit_comes_back_under_guard(lab, notebook):
 
 def test_nothing_is_left_of_a_killed_server(lab, notebook):
     notebook.run_cell(0)
-    kernel = int(wait_for(lambda: "first kernel" in notebook.output(0) and notebook.output(0)).split()[-1])
+    kernel = notebook.pid_of(0, "first kernel")
     assert {kernel, lab.server.pid} < {p.pid for p in processes_of(lab.token)} and "sleep" in names_of(lab.token)
     assert list(lab.scratch.glob("gausssafe-*/socket*"))
     lab.server.kill()
     lab.server.wait()
     wait_for(lambda: not processes_of(lab.token), timeout_s=5)
     assert not list(lab.scratch.glob("gausssafe-*")), "its sockets are gone with it"
+
+
+def test_interrupt_and_restart_reach_the_kernel(lab, notebook):
+    notebook.run_cell(0)
+    first = notebook.pid_of(0, "first kernel")
+    notebook.run_cell(3)
+    notebook.page.wait_for_selector("#jp-main-statusbar >> text=/\\| Busy/", timeout=60_000)
+    notebook.choose("Kernel", "Interrupt Kernel")
+    assert "KeyboardInterrupt" in wait_for(lambda: notebook.output(3))
+    notebook.wait_until_idle()
+    notebook.choose("Kernel", "Restart Kernel…")
+    assert "Restart Kernel?" in notebook.read_dialog()
+    wait_for(lambda: not psutil.pid_exists(first) and "sleep" not in names_of(lab.token))
+    notebook.wait_until_idle()
+    notebook.run_cell(2)
+    assert psutil.Process(notebook.pid_of(2, "kernel again")).environ()["GAUSSSAFE_LIMIT_BYTES"] == str(LIMIT_BYTES)
