@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 # %% ../nbs/60_guard.ipynb #87f094bb
@@ -256,13 +257,9 @@ class SharedMemory:
         left = {name: inode for name, inode in _segments().items() if self.ours.get(name) == inode}
         for pid in filter(str.isdigit, os.listdir("/proc") if left else []):
             for name in mapped_segments(pid): left.pop(name, None)
-        for name in left: _unlink(f"/dev/shm/{name}")
+        for name in left:
+            with suppress(OSError): os.unlink(f"/dev/shm/{name}")
         return sorted(left)
-
-# %% ../nbs/60_guard.ipynb #8a15b098
-def _unlink(path):
-    try: os.unlink(path)
-    except OSError: pass
 
 # %% ../nbs/60_guard.ipynb #6ad19c9a
 def _write(path, text):
@@ -284,6 +281,16 @@ class Cgroup:
     def _set(self, name, text): _write(f"{self.path}/{name}", text)
     def _number(self, name): return int(_read(f"{self.path}/{name}").strip() or 0)
     def enter(self): self._set("cgroup.procs", "0")
+
+    def lets_in(self):
+        "Whether a process of ours may enter, tried by a child that does nothing else"
+        if (pid := os.fork()) == 0:
+            with suppress(OSError):
+                self.enter()
+                os._exit(0)
+            os._exit(1)
+        return os.waitpid(pid, 0)[1] == 0
+
     def used_bytes(self): return self._number("memory.current")
     def peak_bytes(self): return max(self._number("memory.peak"), self.used_bytes())
 
@@ -384,7 +391,10 @@ class GuardSpec(NamedTuple):
     cgroup: str | None = None  # Group to make ours in; None looks for one
 
 # %% ../nbs/60_guard.ipynb #5f63d4b9
-_SCRIPT = __file__ if "__file__" in globals() else None
+def _script():
+    "This module as a file; in its own notebook, the module last exported"
+    from importlib.util import find_spec
+    return globals().get("__file__") or find_spec("gausssafe.guard").origin
 
 
 def guard_command(
@@ -392,8 +402,7 @@ def guard_command(
 ) -> list[str]:  # To be followed by the command to guard, with a pipe as its stdin: the lifeline
     "The command line of a guard"
     if os.name != "posix": raise NotImplementedError("gausssafe guards processes on Linux and macOS; on Windows, run it inside WSL2")
-    script = _SCRIPT or os.path.join(os.path.dirname(sys.modules["gausssafe"].__file__), "guard.py")
-    return [sys.executable, "-I", "-S", script, json.dumps({k: v for k, v in spec._asdict().items() if v is not None}), "--"]
+    return [sys.executable, "-I", "-S", _script(), json.dumps({k: v for k, v in spec._asdict().items() if v is not None}), "--"]
 
 # %% ../nbs/60_guard.ipynb #1f5dfed8
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -413,14 +422,14 @@ def _adopt_orphans():
 
 
 def _raise_priority():
-    try: os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except (AttributeError, OSError): pass
+    with suppress(AttributeError, OSError): os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     if sys.platform == "linux": _libc("mlockall", _MCL_CURRENT_FUTURE_ONFAULT)
 
 # %% ../nbs/60_guard.ipynb #0c4a919c
 def _marks(spec):
     limit = {} if spec.limit_bytes is None else {"GAUSSSAFE_LIMIT_BYTES": str(spec.limit_bytes)}
-    return limit | {"GAUSSSAFE_RUN": spec.run_id, "GAUSSSAFE_OWNER": _identity(os.getpid()), "GAUSSSAFE_GUARD_PID": str(os.getpid()), "JPY_PARENT_PID": "1"}
+    guard = {"GAUSSSAFE_OWNER": _identity(os.getpid()), "GAUSSSAFE_GUARD_PID": str(os.getpid())}
+    return limit | guard | {"GAUSSSAFE_RUN": spec.run_id, "JPY_PARENT_PID": "1"}
 
 
 def _identity(pid):
@@ -435,8 +444,8 @@ def _become(command, marks, guard_pid, niceness, group):
     os.setsid()
     if sys.platform == "linux": _libc("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != guard_pid: os._exit(1)
-    os.nice(max(0, niceness))
-    if sys.platform == "linux": _write("/proc/self/oom_score_adj", "1000")
+    with suppress(OSError): os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    with suppress(OSError): _write("/proc/self/oom_score_adj", "1000")
     if group: group.enter()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execvpe(command[0], command, os.environ | marks)
@@ -444,7 +453,7 @@ def _become(command, marks, guard_pid, niceness, group):
 
 def _start(command, marks, group):
     "Fork and run a command; its pid"
-    guard_pid, niceness = os.getpid(), os.nice(0)
+    guard_pid, niceness = os.getpid(), os.getpriority(os.PRIO_PROCESS, 0)
     _raise_priority()
     if pid := os.fork(): return pid
     try: _become(command, marks, guard_pid, niceness, group)
@@ -453,8 +462,7 @@ def _start(command, marks, group):
 
 # %% ../nbs/60_guard.ipynb #5c158be3
 def _send(pid, number, send=os.kill):
-    try: send(pid, number)
-    except OSError: pass
+    with suppress(OSError): send(pid, number)
 
 
 def _freeze(tree):
@@ -627,11 +635,19 @@ def _choose_tree(spec):
     "The best tier this machine has, or the one asked for; its name"
     tree, tier = (ProcTree, "guard") if _adopt_orphans() and os.path.exists("/proc/self/stat") else (PsTree, "poll")
     if spec.tier == "poll": tree, tier = PsTree, "poll"
-    parent = spec.cgroup or find_cgroup() if spec.tier in (None, "cgroup2") else None
-    if parent is None: return tree(os.getpid(), spec.limit_bytes), tier
-    try: return CgroupTree(os.getpid(), spec.limit_bytes, Cgroup(parent, f"gausssafe-{spec.run_id}", spec.limit_bytes)), "cgroup2"
-    except OSError as error: os.write(2, f"gausssafe: no control group ({error}); tier {tier} instead\n".encode())
+    group = _make_group(spec) if spec.tier in (None, "cgroup2") else None
+    if group: return CgroupTree(os.getpid(), spec.limit_bytes, group), "cgroup2"
     return tree(os.getpid(), spec.limit_bytes), tier
+
+
+def _make_group(spec):
+    "A control group that lets us in; None where there is none"
+    if (parent := spec.cgroup or find_cgroup()) is None: return None
+    try:
+        group = Cgroup(parent, f"gausssafe-{spec.run_id}", spec.limit_bytes)
+        if group.lets_in(): return group
+        group.remove()
+    except OSError as error: os.write(2, f"gausssafe: no control group of our own: {error}\n".encode())
 
 # %% ../nbs/60_guard.ipynb #15d92c53
 def main(

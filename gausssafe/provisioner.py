@@ -60,7 +60,8 @@ def _private_folder():
 
 def _use_private_sockets(manager, folder):
     manager.transport, manager.ip, manager.cache_ports = "ipc", os.path.join(folder, "socket"), False
-    if not manager.connection_file or not os.path.isdir(os.path.dirname(os.path.abspath(manager.connection_file))): manager.connection_file = os.path.join(folder, "kernel.json")
+    place = os.path.dirname(os.path.abspath(manager.connection_file)) if manager.connection_file else ""
+    if not os.path.isdir(place): manager.connection_file = os.path.join(folder, "kernel.json")
 
 # %% ../nbs/61_provisioner.ipynb #de8ef3a1
 def explain_end(
@@ -68,10 +69,10 @@ def explain_end(
 ) -> str:  # Empty if there is nothing to explain
     "Why a kernel was stopped, in a sentence"
     if status is None: return "the guard of this kernel vanished, so its end was not seen"
-    if status["reason"] == "memory": return f"stopped at its memory limit: peak {format_bytes(status['peak_bytes'])} of {format_bytes(status['limit_bytes'])}"
+    peak = format_bytes(status.get("peak_bytes", 0))
+    if status["reason"] == "memory": return f"stopped at its memory limit: peak {peak} of {format_bytes(status['limit_bytes'])}"
     if status["reason"] == "timeout": return f"stopped at its time limit of {format_duration(status['timeout_s'])}"
-    if status["machine_oom"]: return f"killed by the operating system, which ran out of memory; the kernel's peak was {format_bytes(status['peak_bytes'])}"
-    return ""
+    return f"killed by the operating system, which ran out of memory; its own peak was {peak}" if status["machine_oom"] else ""
 
 # %% ../nbs/61_provisioner.ipynb #60823e10
 _LAST_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -79,7 +80,7 @@ _LAST_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 class GuardProvisioner(LocalProvisioner):
     "Start a kernel under a guard (a `kernel_provisioner` named `gausssafe`)"
-    memory_limit = Union([Unicode(), Integer()], default_value="", allow_none=True, help='Of the kernel and all it starts, such as "2GB"').tag(config=True)
+    memory_limit = Union([Unicode(), Integer()], default_value="", allow_none=True, help='Of the kernel and its tree, such as "2GB"').tag(config=True)
     timeout = Union([Unicode(), Float()], default_value="", allow_none=True, help='Life time of the kernel, such as "10m"').tag(config=True)
     status_path = Unicode("", help="Where the guard writes how the run ended; by default in the private folder").tag(config=True)
     run_id = Unicode(help="Marks every process of the run").tag(config=True)
