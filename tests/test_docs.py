@@ -1,5 +1,7 @@
 "The documentation site: what it shows, what it hides, and that every link of it leads somewhere"
+import ast
 import base64
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from nbformat import v4, write
+from nbformat import read, v4, write
 
 pytest.importorskip("pypandoc", reason="the docs extra is not installed")
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +174,27 @@ def test_a_dead_link_fails_the_build(tmp_path):
     assert "index.html: 99_nothing.ipynb\nindex.html: 00_units.ipynb#nothing" in done.stderr
 
 
+NOTEBOOKS = {path: read(path, as_version=4).cells for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_link_to_files_that_exist(path):
+    prose = "\n".join(cell.source for cell in NOTEBOOKS[path] if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose) if not re.match(r"[a-z]+:", link)]
+    assert not [link for link in links if not (path.parent / link).exists() and not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.name[0].isdigit()], ids=lambda p: p.stem)
+def test_building_the_site_runs_no_examples(path):
+    "In the notebook of a module, nbdev executes every cell with an import in it: a visible one holds nothing else"
+    for cell in NOTEBOOKS[path]:
+        if cell.cell_type != "code" or re.match(r"#\| *(export|hide|eval: *false)", cell.source) or cell.source.startswith(("%", "!")): continue
+        tree = ast.parse(cell.source)
+        with_import = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+        assert not with_import or all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body), cell.source
+
+
+@pytest.mark.slow
 def test_the_real_site_builds(tmp_path):
     shutil.copytree(ROOT, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "_docs", "_proc", "demo", "results"))
     done = build(tmp_path)
