@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -140,15 +140,19 @@ def fit_memory_model(
     if not callable(step): raise InvalidInput(f"step must be a function of the number of items, not {step!r}")
     if not 1 <= small < large: raise InvalidInput(f"the probes need 1 <= small < large, not small={small!r} and large={large!r}")
     step(small)
-    low, high = _probe(step, small), _probe(step, large)
-    n_low, n_high = len(low.operation_peaks), len(high.operation_peaks)
-    if n_low == n_high > 0: pairs = zip(low.operation_peaks, high.operation_peaks, strict=True)
-    else: pairs = [(low.peak_bytes, high.peak_bytes)]
-    if n_low != n_high:
-        warnings.warn(f"the step ran {n_low} operations on {small} items and {n_high} on {large}, so its memory is extrapolated from two peaks "
-                      "and may bend upwards: probe nearer to the sizes you need", RuntimeWarning, stacklevel=2)
-    slopes = ((at_small, (at_large - at_small) / (large - small)) for at_small, at_large in pairs)
-    return MemoryModel(_envelope((at_small - slope * small, slope) for at_small, slope in slopes))
+    low, high = (_probe(step, n) for n in (small, large))
+    if model := _model(low.operation_peaks, high.operation_peaks, small, large): return model
+    warnings.warn(f"the step ran {len(low.operation_peaks)} operations on {small} items and {len(high.operation_peaks)} on {large}, so its memory is "
+                  "extrapolated from two peaks and may bend upwards: probe nearer to the sizes you need", RuntimeWarning, stacklevel=2)
+    return _model([low.peak_bytes], [high.peak_bytes], small, large)
+
+
+def _model(low_peaks, high_peaks, small, large):
+    "A line for each operation; None if the probes ran different ones"
+    if len(low_peaks) != len(high_peaks): return None
+    pairs = list(zip(low_peaks, high_peaks, strict=True)) or [(0, 0)]
+    slopes = [(high - low) / (large - small) for low, high in pairs]
+    return MemoryModel(_envelope((low - slope * small, slope) for (low, _), slope in zip(pairs, slopes, strict=True)))
 
 # %% ../nbs/11_budget.ipynb #b3d5b267
 def chunk_size(
@@ -188,11 +192,12 @@ class BatchTrial:
     predicted_bytes: int | None  # From the sizes before; None for the first
     peak_bytes: int | None  # Tensors, or what the process grew by (less 32 MiB of noise) where that is more
     status: str  # "fits", "over", "oom", "timeout"; "not tried: memory" or "not tried: time"
+    operation_peaks: Sequence[int] = field(default=(), repr=False, compare=False)  # The tensors' peak in each operation
 
 # %% ../nbs/11_budget.ipynb #92f5ba0c
 def _try_batch(step, batch, predicted_bytes, limit_bytes, timeout_s):
-    release_memory()
-    counted, monitor, status, started = count_tensor_bytes(), MemoryMonitor(on_soft_limit=None), "fits", time.perf_counter()
+    if (predicted_bytes or 0) > _NOISE_BYTES: release_memory()  # Or this size would use what the last one left, and seem to need nothing
+    counted, monitor, status, started = count_tensor_bytes(), MemoryMonitor(limit_bytes, on_soft_limit=None), "fits", time.perf_counter()
     try:
         with monitor, counted: step(batch)
     except (MemoryError, RuntimeError) as error:
@@ -201,7 +206,7 @@ def _try_batch(step, batch, predicted_bytes, limit_bytes, timeout_s):
     seconds = time.perf_counter() - started
     peak_bytes = max(counted.peak_bytes, monitor.peak_bytes - monitor.history[0].tree_bytes - _NOISE_BYTES)
     if status == "fits": status = "over" if peak_bytes > limit_bytes else "timeout" if seconds > timeout_s else "fits"
-    return BatchTrial(batch, seconds, predicted_bytes, peak_bytes, status)
+    return BatchTrial(batch, seconds, predicted_bytes, peak_bytes, status, counted.operation_peaks)
 
 # %% ../nbs/11_budget.ipynb #8fa5219a
 def _predict(trials, n):
@@ -224,7 +229,7 @@ class BatchSizeSearch:
     def to_frame(self):
         "The rows as a pandas DataFrame"
         import pandas as pd
-        return pd.DataFrame(self.rows)
+        return pd.DataFrame(self.rows).drop(columns="operation_peaks")
 
     def _table(self):
         size, took = (lambda n: "" if n is None else format_bytes(n)), (lambda s: "" if s is None else format_duration(s))
@@ -251,17 +256,18 @@ def find_batch_size(
     "Grow the batch 8, 16, 32, ... while it fits in a memory limit and a time limit"
     if not callable(step): raise InvalidInput(f"step must be a function of the batch size, not {step!r}")
     max_batch = 2**20 if max_batch is None else max_batch
-    if not (isinstance(start, int) and 1 <= start <= max_batch):
-        raise InvalidInput(f"start must be a whole number from 1 to max_batch={max_batch}, not {start!r}")
+    if not (isinstance(start, int) and isinstance(max_batch, int) and 1 <= start <= max_batch):
+        raise InvalidInput(f"start={start!r} and max_batch={max_batch!r} must be whole numbers with 1 <= start <= max_batch")
     try: timeout_s = parse_duration(timeout_s)
     except ValueError as error: raise InvalidInput(f"timeout_s: {error}") from None
     limit_bytes, rows = read_limit(limit, "limit"), []
-    with tqdm(desc="batch size", unit=" sizes", delay=2, leave=False) as bar:
+    with tqdm(desc="batch size", unit=" sizes", delay=5, leave=False) as bar:
         for batch in _sizes(start, max_batch):
             bar.set_postfix_str(str(batch), refresh=False)
             rows.append(_next_row(step, batch, rows, limit_bytes, timeout_s))
             bar.update()
             if rows[-1].status != "fits": break
+    release_memory()
     return _conclude(rows, limit_bytes, timeout_s)
 
 # %% ../nbs/11_budget.ipynb #fc77a3f9
@@ -272,17 +278,24 @@ def _sizes(start, max_batch):
     yield max_batch
 
 
+def _predict_bytes(rows, batch):
+    predicted_bytes = math.ceil(_predict([(row.batch, row.peak_bytes) for row in rows], batch))
+    if len(rows) > 1 and (model := _model(rows[-2].operation_peaks, rows[-1].operation_peaks, rows[-2].batch, rows[-1].batch)):
+        return max(predicted_bytes, model.predict(batch))
+    return predicted_bytes
+
+
 def _next_row(step, batch, rows, limit_bytes, timeout_s):
     "Predict a size from those before, and try it if it may fit"
     if not rows: return _try_batch(step, batch, None, limit_bytes, timeout_s)
-    predicted_bytes = math.ceil(_predict([(row.batch, row.peak_bytes) for row in rows], batch))
+    predicted_bytes = _predict_bytes(rows, batch)
     if predicted_bytes > (limit_bytes if len(rows) > 1 else max(limit_bytes, memory_left_bytes())):
         return BatchTrial(batch, None, predicted_bytes, None, "not tried: memory")
     if len(rows) > 1 and _predict([(row.batch, row.seconds) for row in rows], batch) > timeout_s:
         return BatchTrial(batch, None, predicted_bytes, None, "not tried: time")
     return _try_batch(step, batch, predicted_bytes, limit_bytes, timeout_s)
 
-# %% ../nbs/11_budget.ipynb #c03698db
+
 def _conclude(rows, limit_bytes, timeout_s):
     fitting = [row.batch for row in rows if row.status == "fits"]
     if fitting: return BatchSizeSearch(fitting[-1], limit_bytes, timeout_s, tuple(rows))

@@ -19,7 +19,7 @@ import warnings
 import weakref
 from array import array
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ContextDecorator, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -42,7 +42,7 @@ def _children(pid):
             with suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as file: found += map(int, file.read().split())
     return found
 
-# %% ../nbs/10_memory.ipynb #79af3d71
+
 def tree_pids(
     pid: int,  # Root of the tree
 ) -> list[int]:  # `pid` and all its descendants
@@ -70,9 +70,9 @@ def _cuda():
 def _read_cuda():
     "Allocated bytes, reserved bytes, and the reserved share of the fullest card"
     if not (cuda := _cuda()): return 0, 0, 0.0
-    reserved = [cuda.memory_reserved(i) for i in range(cuda.device_count())]
-    used_frac = max(r / cuda.get_device_properties(i).total_memory for i, r in enumerate(reserved))
-    return sum(cuda.memory_allocated(i) for i in range(len(reserved))), sum(reserved), used_frac
+    cards = [(cuda.memory_stats(i), cuda.get_device_properties(i).total_memory) for i in range(cuda.device_count())]
+    allocated, reserved = ([stats.get(f"{kind}_bytes.all.current", 0) for stats, _ in cards] for kind in ("allocated", "reserved"))
+    return sum(allocated), sum(reserved), max((n / total for n, (_, total) in zip(reserved, cards, strict=True)), default=0.0)
 
 # %% ../nbs/10_memory.ipynb #3a27f12f
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _cgroup_mounts(root, version):
     "(group that is mounted, folder where) of each mounted memory hierarchy of one version"
     for line in _lines(root / "proc/self/mountinfo"):
         fields, kind = (part.split() for part in line.partition(" - ")[::2])
-        if kind[0] == ("cgroup2" if version == 2 else "cgroup") and (version == 2 or "memory" in kind[2].split(",")):
+        if kind and kind[0] == ("cgroup2" if version == 2 else "cgroup") and (version == 2 or "memory" in kind[2].split(",")):
             group, folder = (field.encode().decode("unicode_escape") for field in fields[3:5])  # A space is written \040
             yield group, root / folder.lstrip("/")
 
@@ -132,11 +132,11 @@ def _lines(path):
     with suppress(OSError): return path.read_text().splitlines()
     return []
 
-# %% ../nbs/10_memory.ipynb #1ceae5c6
+
 def _cgroup_folders(root, version):
     "The folder of this process' memory cgroup, then of its ancestors, as far as they are mounted"
     for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
         if not (number == "0" if version == 2 else "memory" in controllers.split(",")): continue
         for group, top in _cgroup_mounts(root, version):
             relative = os.path.relpath(path, group)
@@ -159,7 +159,7 @@ def _cgroup_limit(folder):
                                 (("inactive_file", "inactive_file"), ("active_file", "active_file"), ("mapped_file", "file_mapped")))
     return min(limits), sum(used) - max(0, inactive + active - mapped)
 
-# %% ../nbs/10_memory.ipynb #5b058db5
+
 def _cgroup(root, version):
     "(limit, left) of the tightest cgroup on the way up, by each measure"
     found = [limit for folder in _cgroup_folders(root, version) if (limit := _cgroup_limit(folder))]
@@ -173,7 +173,7 @@ def _rlimit(kind, used):
     soft, _ = resource.getrlimit(getattr(resource, kind))
     return None if soft == resource.RLIM_INFINITY else (soft, soft - used)
 
-# %% ../nbs/10_memory.ipynb #b5662026
+
 def _guarded_pids(environ):
     "The processes that count against the guard's limit; without a living guard above us, our own tree"
     guard_pid = environ.get("GAUSSSAFE_GUARD_PID", "")
@@ -186,22 +186,22 @@ def _guard_limit(environ):
     try: return parse_bytes(text) if text else None
     except ValueError as error: raise InvalidInput(f"GAUSSSAFE_LIMIT_BYTES: {error}") from None
 
-# %% ../nbs/10_memory.ipynb #830f57a3
-def _limits(root, environ):
-    "{source: (limit, left)} of everything that bounds this process; the guard's second number waits for `_guard_left`"
+# %% ../nbs/10_memory.ipynb #9e77efa9
+def _limits(root):
+    "{source: (limit, left)} of all but the guard's"
     usage, available = psutil.Process().memory_info(), psutil.virtual_memory().available
     found = {"host": (available, available), "cgroup1": _cgroup(root, 1), "cgroup2": _cgroup(root, 2),
              "rlimit_as": _rlimit("RLIMIT_AS", usage.vms), "rlimit_data": _rlimit("RLIMIT_DATA", getattr(usage, "data", 0))}
     return {source: pair for source, pair in found.items() if pair}
 
-# %% ../nbs/10_memory.ipynb #9e77efa9
+# %% ../nbs/10_memory.ipynb #1360464e
 def memory_limits(
     *,
     root: str | Path = "/",  # Where /proc and /sys are looked up; another one for tests
     environ: dict[str, str] | None = None,  # Where the guard's limit is looked up; None for `os.environ`
 ) -> dict[str, int]:  # Bytes by source: host (available now), cgroup1, cgroup2, rlimit_as, rlimit_data, guard
     "Every memory limit that holds for this process; a source without a limit is left out"
-    limits = {source: limit for source, (limit, _) in _limits(Path(root), environ).items()}
+    limits = {source: limit for source, (limit, _) in _limits(Path(root)).items()}
     guard = _guard_limit(os.environ if environ is None else environ)
     return limits | ({"guard": guard} if guard else {})
 
@@ -218,7 +218,7 @@ def memory_left_bytes(
 ) -> int:  # Bytes, at least 0
     "What this process may still take before it meets the first of its limits"
     environ = os.environ if environ is None else environ
-    left = [left for _, left in _limits(Path(root), environ).values()]
+    left = [left for _, left in _limits(Path(root)).values()]
     if guard := _guard_limit(environ): left.append(guard - _read(_guarded_pids(environ)).tree_bytes)
     return max(0, min(left))
 
@@ -272,7 +272,10 @@ class MonitorEvent:
     used_frac: float = 0.0  # Of the limit, or of the fullest card
     error: BaseException | None = None
 
-# %% ../nbs/10_memory.ipynb #c5b81fb3
+# %% ../nbs/10_memory.ipynb #3a73c086
+_MAX_ROWS = 10_000
+
+
 def _high_water_bytes(pid):
     "The most a process ever held (VmHWM), 0 where the system does not tell"
     with suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
@@ -280,73 +283,118 @@ def _high_water_bytes(pid):
         if found: return 1024 * int(rest.split(None, 1)[0])
     return 0
 
-# %% ../nbs/10_memory.ipynb #3a73c086
-_CORE_FRAC = 0.008  # What sampling may cost; below the 1 % that we promise
-_MAX_ROWS = 10_000
+
+class _Record:
+    "What a process tree held: rows, the peak, the processor's use"
+
+    def __init__(self, pid):
+        self.pid, self.rows, self.n_samples, self.t0 = pid, [], 0, None
+        self._keep_every, self._peak_bytes, self._first_mark, self._last_cpu = 1, 0, sys.maxsize, None
+
+    def begin(self):
+        if self.t0 is None: self.t0 = time.perf_counter()
+        self._first_mark, self._last_cpu = _high_water_bytes(self.pid), None
+
+    def read(self):
+        "Take a sample; None when the tree is gone"
+        pids = tree_pids(self.pid)
+        reading = _read(pids, with_pss=len(pids) > 1)
+        if reading: self._add(reading, time.perf_counter() - self.t0)
+        return reading
+
+    def peak_bytes(self):
+        if (mark := _high_water_bytes(self.pid)) > self._first_mark: self._peak_bytes = max(self._peak_bytes, mark)
+        return self._peak_bytes
+
+    def _add(self, reading, t_s):
+        before, self._last_cpu = self._last_cpu or (t_s, 0), (t_s, reading.cpu_s)
+        cpu_percent = 100 * (reading.cpu_s - before[1]) / (t_s - before[0]) if t_s > before[0] else 0.0
+        row = Sample(t_s, reading.tree_bytes, reading.cuda_allocated_bytes, reading.cuda_reserved_bytes, cpu_percent)
+        if self.n_samples % self._keep_every == 0: self.rows.append(row)
+        if len(self.rows) == _MAX_ROWS: del self.rows[1::2]; self._keep_every *= 2
+        self.n_samples, self._peak_bytes = self.n_samples + 1, max(self._peak_bytes, row.tree_bytes)
+
+# %% ../nbs/10_memory.ipynb #a632dfe5
+_CORE_FRAC = 0.005  # What sampling may cost: half of the 1 % that we promise, since the first sample is the dearest
 
 
 class _Sampler:
-    "Samples a tree from a thread, at a bounded cost"
+    "Read a record from a thread, at a bounded cost, and show each reading to `seen`"
 
-    def __init__(self, pid, interval_s):
-        self.pid, self.interval_s, self.peak_bytes, self.cost_s, self.watched_s = pid, interval_s, 0, 0.0, 0.0
-        self._pause_s, self._rows, self._n_samples, self._keep_every = interval_s, [], 0, 1
-        self._users, self._lock, self._thread, self._t0 = 0, threading.Lock(), None, None
+    def __init__(self, record, seen, interval_s):
+        self.record, self.seen, self.interval_s, self._pause_s, self.cost_s, self.watched_s = record, seen, interval_s, interval_s, 0.0, 0.0
+        self.n_users, self.thread, self._lock = 0, None, threading.Lock()
 
     def start(self):
-        "Begin to watch, or count one more user of a monitor that is watching"
         with self._lock:
-            self._users += 1
-            if self._users == 1: self._begin()
-        return self
+            self.n_users += 1
+            if self.n_users > 1: return
+            self._since, self._wake = time.perf_counter(), threading.Event()
+            self.record.begin()
+            self.take()
+            self.thread = threading.Thread(target=self._watch, name="gausssafe-memory", daemon=True)
+            self.thread.start()
 
     def stop(self):
-        "The last user ends the thread, after a last sample"
-        if threading.current_thread() is self._thread: raise RuntimeError("a monitor cannot be stopped from its own callback")
+        if threading.current_thread() is self.thread: raise RuntimeError("a monitor cannot be stopped from its own callback")
         with self._lock:
-            if self._users == 1: self._end()
-            self._users = max(0, self._users - 1)
+            if self.n_users == 1:
+                self._wake.set()
+                self.thread.join()
+                self.take()
+                self.record.peak_bytes()
+                self.watched_s += time.perf_counter() - self._since
+            self.n_users = max(0, self.n_users - 1)
 
-    def _begin(self):
-        self._since = time.perf_counter()
-        if self._t0 is None: self._t0 = self._since
-        self._first_mark, self._last_cpu = _high_water_bytes(self.pid), None
-        self._sample()
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="gausssafe-memory", daemon=True)
-        self._thread.start()
-
-    def _end(self):
-        self._wake.set()
-        self._thread.join()
-        self._sample()
-        self.watched_s += time.perf_counter() - self._since
-
-    def _watch(self):
-        while not self._wake.wait(self._pause_s) and self._sample(): pass
-
-    def _sample(self):
-        "Read once; False when the tree is gone"
-        started, pids = time.thread_time(), tree_pids(self.pid)
-        reading = _read(pids, with_pss=len(pids) > 1)
-        if reading: self._record(reading)
+    def take(self):
+        "One sample, and the pause that pays for it; False when there is nothing left to watch"
+        started = time.thread_time()
+        reading = self.record.read()
         cost_s = time.thread_time() - started
         self.cost_s, self._pause_s = self.cost_s + cost_s, max(self.interval_s, cost_s / _CORE_FRAC)
-        self._seen(reading)
+        self.seen(reading)
         return reading is not None
 
-    def _record(self, reading):
-        t_s, mark = time.perf_counter() - self._t0, _high_water_bytes(self.pid)
-        before, self._last_cpu = self._last_cpu or (t_s, 0), (t_s, reading.cpu_s)
-        cpu_percent = 100 * (reading.cpu_s - before[1]) / (t_s - before[0]) if t_s > before[0] else 0.0
-        self.peak_bytes = max(self.peak_bytes, reading.tree_bytes, mark if mark > self._first_mark else 0)
-        if self._n_samples % self._keep_every == 0:
-            self._rows.append(Sample(t_s, reading.tree_bytes, reading.cuda_allocated_bytes, reading.cuda_reserved_bytes, cpu_percent))
-        if len(self._rows) == _MAX_ROWS: del self._rows[1::2]; self._keep_every *= 2
-        self._n_samples += 1
+    def _watch(self):
+        while not self._wake.wait(self._pause_s) and self.take(): pass
 
-# %% ../nbs/10_memory.ipynb #a632dfe5
-class MemoryMonitor(_Sampler):
+# %% ../nbs/10_memory.ipynb #ca36a0fd
+class _Line:
+    def __init__(self, frac): self.frac, self._below = frac, {}
+
+    def crossed(self, source, used_frac):
+        "Whether this use of a source is the first above the line"
+        if used_frac < 0.9 * self.frac: self._below[source] = True
+        return used_frac >= self.frac and self._below.get(source, True) and not self._below.update({source: False})
+
+# %% ../nbs/10_memory.ipynb #4a022b62
+class _Report:
+    @property
+    def peak_bytes(self) -> int:
+        "The most the tree held while it was watched: sampled, or the root's high-water mark where that rose meanwhile"
+        return self._record.peak_bytes() if self._sampler.n_users else self._record._peak_bytes
+
+    @property
+    def history(self) -> list[Sample]:
+        "What was sampled, oldest first"
+        return list(self._record.rows)
+
+    @property
+    def cost_frac(self) -> float:
+        "Processor time spent on sampling, as a share of the time that was watched"
+        return self._sampler.cost_s / max(self._sampler.watched_s, 1e-9)
+
+    def to_frame(self):
+        "The history as a pandas DataFrame"
+        import pandas as pd
+        return pd.DataFrame(self.history, columns=Sample._fields)
+
+    def __repr__(self):
+        limit = format_bytes(self.limit_bytes) if self.limit_bytes else "what is left"
+        return f"MemoryMonitor(peak {format_bytes(self.peak_bytes)} of {limit}; {self._record.n_samples} samples, {len(self.events)} events)"
+
+# %% ../nbs/10_memory.ipynb #21235765
+class MemoryMonitor(_Report, ContextDecorator):
     "Watch a process tree: `with MemoryMonitor() as m: ...`, `@MemoryMonitor()` (then `function.monitor`), or `start` and `stop`"
 
     def __init__(
@@ -362,24 +410,19 @@ class MemoryMonitor(_Sampler):
         if not interval_s > 0: raise InvalidInput(f"interval_s must be above 0, not {interval_s!r}")
         if on_soft_limit is not None and not callable(on_soft_limit): raise InvalidInput(f"on_soft_limit: not a function: {on_soft_limit!r}")
         if pid is not None: read_memory(pid, tree=False)
-        super().__init__(os.getpid() if pid is None else pid, interval_s)
         self.limit_bytes = None if limit is None else read_limit(limit, "limit")
-        self.soft_frac, self.on_soft_limit, self.events = soft_frac, on_soft_limit, []
-        self._armed, self._n_warned = {"memory": True, "cuda": True}, 0
+        self.on_soft_limit, self.events, self._n_warned, self._line = on_soft_limit, [], 0, _Line(soft_frac)
+        self._record = _Record(os.getpid() if pid is None else pid)
+        self._sampler = _Sampler(self._record, self._seen, interval_s)
 
-    @property
-    def history(self) -> list[Sample]:
-        "What was sampled, oldest first"
-        return list(self._rows)
+    def start(self) -> "MemoryMonitor":
+        "Begin to watch, or count one more user of a monitor that is watching"
+        self._sampler.start()
+        return self
 
-    def to_frame(self):
-        "The history as a pandas DataFrame"
-        import pandas as pd
-        return pd.DataFrame(self.history, columns=Sample._fields)
-
-    def stop(self):
-        "End the watching after a last sample, and warn of errors in the callback"
-        super().stop()
+    def stop(self) -> None:
+        "The last user ends the watching, after a last sample; warn of errors in the callback"
+        self._sampler.stop()
         errors = [event for event in self.events if event.kind == "error"]
         for event in errors[self._n_warned:]:
             self._n_warned += 1
@@ -391,35 +434,22 @@ class MemoryMonitor(_Sampler):
     def __call__(self, function):
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             raise InvalidInput(f"{function.__name__} only starts when it is awaited or iterated: put `with MemoryMonitor()` inside it")
-
-        @functools.wraps(function)
-        def watched(*args, **kwargs):
-            with self: return function(*args, **kwargs)
+        watched = super().__call__(function)
         watched.monitor = self
         return watched
 
-    def __repr__(self):
-        limit = format_bytes(self.limit_bytes) if self.limit_bytes else "what is left"
-        return f"MemoryMonitor(peak {format_bytes(self.peak_bytes)} of {limit}; {self._n_samples} samples, {len(self.events)} events)"
-
     def _seen(self, reading):
+        "React to a reading: fix an open limit, and call back where a line is crossed"
         if reading is None: return self._note("ended")
         if self.limit_bytes is None: self.limit_bytes = reading.tree_bytes + memory_left_bytes()
-        self._check("memory", reading.tree_bytes / self.limit_bytes)
-        self._check("cuda", reading.cuda_used_frac)
-
-    def _check(self, source, used_frac):
-        "Call back once when the line is crossed; 10 % below it, be ready for the next time"
-        if used_frac < 0.9 * self.soft_frac: self._armed[source] = True
-        if used_frac < self.soft_frac or not self._armed[source]: return
-        self._armed[source] = False
-        self._note("soft_limit", source, used_frac)
-        try:
-            if self.on_soft_limit: self.on_soft_limit()
-        except Exception as error: self._note("error", source, used_frac, error)
+        for source, used_frac in (("memory", reading.tree_bytes / self.limit_bytes), ("cuda", reading.cuda_used_frac)):
+            if not self._line.crossed(source, used_frac): continue
+            self._note("soft_limit", source, used_frac)
+            try: self.on_soft_limit and self.on_soft_limit()
+            except Exception as error: self._note("error", source, used_frac, error)
 
     def _note(self, kind, source="", used_frac=0.0, error=None):
-        self.events.append(MonitorEvent(time.perf_counter() - self._t0, kind, source, used_frac, error))
+        self.events.append(MonitorEvent(time.perf_counter() - self._record.t0, kind, source, used_frac, error))
 
 # %% ../nbs/10_memory.ipynb #cae8091a
 @functools.cache
@@ -471,23 +501,25 @@ class TensorBytes:
             if key not in self._sizes:
                 if not is_new: return
                 self._watchers[key] = weakref.ref(storage, functools.partial(self._died, key))
-            self.alive_bytes += n_bytes - self._sizes.get(key, 0)
+            grown_bytes = n_bytes - self._sizes.get(key, 0)
+            self.alive_bytes += grown_bytes  # On a line of its own: a collection inside it would lose what died
             self._sizes[key] = n_bytes
-            self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
     def _operated(self, storages, old, inside_bytes, seen):
         for storage in storages: self._seen(storage, storage._cdata not in old)
-        self.sees_temporaries &= seen
-        self.operation_peaks.append(max(inside_bytes, self.alive_bytes))
-        self.peak_bytes = max(self.peak_bytes, inside_bytes)
+        with self._lock:
+            self.sees_temporaries &= seen
+            self.operation_peaks.append(max(inside_bytes, self.alive_bytes))
+            self.peak_bytes = max(self.peak_bytes, self.operation_peaks[-1])
 
     def _died(self, key, _):
         with self._lock:
             del self._watchers[key]
-            self.alive_bytes -= self._sizes.pop(key)
+            n_bytes = self._sizes.pop(key)
+            self.alive_bytes -= n_bytes
 
 
-_thread = threading.local()  # Nested counters share one mode, so that each operation is recorded once
+_thread = threading.local()
 
 # %% ../nbs/10_memory.ipynb #cf2f1c11
 def _storages(tree):
@@ -499,7 +531,7 @@ def _storages(tree):
 
 
 def _parts(tensor, torch):
-    if tensor.is_meta: return
+    if tensor.is_meta or tensor._is_zerotensor(): return  # A derivative that is known to be zero has a size and no bytes
     if hasattr(tensor, "__tensor_flatten__"): yield from _storages([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
     elif tensor.layout is torch.strided: yield tensor.untyped_storage()
     else: yield from _storages([getattr(tensor, name)() for name in _SPARSE_PARTS.get(str(tensor.layout), ())])
@@ -536,7 +568,7 @@ def _byte_mode():
             return result
     return ByteMode
 
-# %% ../nbs/10_memory.ipynb #05309bdb
+
 def count_tensor_bytes() -> TensorBytes:  # With `.alive_bytes` and `.peak_bytes`, to read inside the block or after it
     "Count the logical bytes of a block: every storage once, temporaries inside operations included"
     return TensorBytes()
