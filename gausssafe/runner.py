@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -140,13 +141,15 @@ def notebook_parameters(
 def _load(path):
     if not Path(path).is_file(): raise InvalidInput(f"no such notebook: {path}")
     try: return nbformat.read(path, as_version=4)
-    except (ValueError, AttributeError, KeyError, UnicodeDecodeError, nbformat.ValidationError) as error: raise InvalidInput(f"not a notebook: {path} ({type(error).__name__})") from None
+    except (ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
+        raise InvalidInput(f"not a notebook: {path} ({type(error).__name__})") from None
 
 # %% ../nbs/62_runner.ipynb #df00308a
 def _check_parameters(nb, path, parameters):
     known = notebook_parameters(nb)
     if parameters and known is None:
-        raise InvalidInput(f"{path} has no cell tagged `parameters`, so {', '.join(map(repr, parameters))} would have no effect: tag the cell that holds the defaults")
+        names = ", ".join(map(repr, parameters))
+        raise InvalidInput(f"{path} has no cell tagged `parameters`, so {names} would have no effect: tag the cell that holds the defaults")
     for name in sorted(set(parameters) - (known or set())):
         raise InvalidInput(f"unknown parameter {name!r}: {path} has {', '.join(sorted(known)) or 'none'}")
 
@@ -155,7 +158,8 @@ def _check_kernel(nb, kernel_name):
     name = kernel_name or nb.metadata.get("kernelspec", {}).get("name") or "python3"
     manager = KernelSpecManager()
     try: manager.get_kernel_spec(name)
-    except NoSuchKernel: raise InvalidInput(f"unknown kernel {name!r}: this machine has {', '.join(sorted(manager.find_kernel_specs()))}") from None
+    except NoSuchKernel:
+        raise InvalidInput(f"unknown kernel {name!r}: this machine has {', '.join(sorted(manager.find_kernel_specs()))}") from None
     return name
 
 # %% ../nbs/62_runner.ipynb #07738071
@@ -179,7 +183,7 @@ class Progress:
     def __enter__(self):
         if self.enabled and self.stream.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=self.n_cells, file=self.stream, unit="cell", bar_format="cell {n_fmt}/{total_fmt} |{bar:24}| {elapsed}{postfix}")
+            self.bar = tqdm(total=self.n_cells, file=self.stream, bar_format="cell {n_fmt}/{total_fmt} |{bar:24}| {elapsed}{postfix}")
             self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
         return self
@@ -280,8 +284,9 @@ def _conclude(nb_man, client, guard, died):
         cause = _describe(status, guard, error, place if client.current is not None else {"cell_index": None})
         if error is None: _mark_dead_cell(nb_man, index, cause)
         result.update(place, error=str(cause) if isinstance(cause, errors.NotebookFailed) else f"{type(cause).__name__}: {cause}")
-    asked = {"run_id": client.guard.run_id, "limit_bytes": client.limits.get("memory_limit")}
-    nb.metadata["gausssafe"] = result | {key: (guard or asked).get(key) for key in ("peak_bytes", "limit_bytes", "seconds", "containment", "exit_code", "run_id")}
+    known = guard or {"run_id": client.guard.run_id, "limit_bytes": client.limits.get("memory_limit")}
+    keys = ("peak_bytes", "limit_bytes", "seconds", "containment", "exit_code", "run_id")
+    nb.metadata["gausssafe"] = result | {key: known.get(key) for key in keys}
 
 # %% ../nbs/62_runner.ipynb #2a31079b
 def _note_cell_costs(nb, guard):
@@ -315,8 +320,9 @@ class GuardEngine(NBClientEngine):
         limits = {"memory_limit": memory_limit, "timeout": timeout_s, "run_id": run_id}
         n_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in nb_man.nb.cells)
         with Progress(n_cells, memory_limit and parse_bytes(memory_limit), enabled=show_progress) as progress:
-            client = GuardedClient(nb_man, limits={name: value for name, value in limits.items() if value}, progress=progress, log_output=log_output,
-                                   kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout, stdout_file=stdout_file, stderr_file=stderr_file)
+            client = GuardedClient(nb_man, limits={name: value for name, value in limits.items() if value}, progress=progress,
+                                   kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout,
+                                   log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)
             died = _execute(client)
         status = client.guard.read_status()
         _note_cell_costs(nb_man.nb, status)
@@ -339,8 +345,7 @@ _REPORTED = ("gausssafe", "papermill", "ipykernel", "torch", "pennylane")
 def _versions():
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in _REPORTED:
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+        with suppress(PackageNotFoundError): found[name] = version(name)
     return found
 
 # %% ../nbs/62_runner.ipynb #11ebb079
@@ -360,7 +365,8 @@ def _execute_notebook(path, output_path, **options):
     "papermill's own call, as far as it goes; the executed notebook as saved"
     outcome, marked = {}, False
     escape = str.maketrans({"{": "{{", "}": "}}"})  # papermill formats its paths
-    try: papermill.execute_notebook(str(path).translate(escape), str(output_path).translate(escape), engine_name="gausssafe", progress_bar=False, outcome=outcome, **options)
+    paths = [str(p).translate(escape) for p in (path, output_path)]
+    try: papermill.execute_notebook(*paths, engine_name="gausssafe", progress_bar=False, outcome=outcome, **options)
     except papermill.PapermillExecutionError: marked = True
     nb = nbformat.read(output_path, as_version=4)
     if marked and nb.metadata.gausssafe.status == "ok": nb = _drop_error_markers(nb, output_path)
@@ -370,9 +376,10 @@ def _execute_notebook(path, output_path, **options):
 def _measured(nb, guard):
     "The part of a record that the engine and the guard know"
     result = nb.metadata.gausssafe
-    known = {key: result[key] for key in ("status", "error", "cell_index", "execution_count", "peak_bytes", "limit_bytes", "containment", "exit_code", "run_id")}
+    keys = ("status", "error", "cell_index", "execution_count", "peak_bytes", "limit_bytes", "containment", "exit_code", "run_id")
+    lists = {key: tuple(guard.get(key, ())) for key in ("leaked", "shared_memory")}
     samples = tuple((seconds, n_bytes) for seconds, n_bytes in guard.get("samples", ()))
-    return known | {"cells": _cell_records(nb), "samples": samples, "leaked": tuple(guard.get("leaked", ())), "shared_memory": tuple(guard.get("shared_memory", ()))}
+    return {key: result[key] for key in keys} | lists | {"cells": _cell_records(nb), "samples": samples}
 
 # %% ../nbs/62_runner.ipynb #ebf83dac
 def run_notebook(
@@ -380,7 +387,7 @@ def run_notebook(
     output_path: str | Path,  # Where the executed notebook goes; its folder is made
     parameters: dict | None = None,  # Values for names in the cell tagged `parameters`
     *,
-    memory_limit: str | int | None = None,  # Of the whole process tree: `"1GB"` or bytes; None: what the kernel specification says, else what is left of the machine
+    memory_limit: str | int | None = None,  # Of the process tree: `"1GB"` or bytes; None: the kernel specification's, else what is left
     timeout_s: float | None = None,  # For the whole run, in seconds
     kernel_name: str | None = None,  # None: the notebook's own
     cwd: str | Path | None = None,  # Where the kernel starts; None: here
@@ -399,10 +406,11 @@ def run_notebook(
     record_path.unlink(missing_ok=True)
     clear_leftovers()
     started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    nb, guard = _execute_notebook(input_path, output_path, parameters=parameters, memory_limit=limit_bytes, timeout_s=timeout_s, run_id=uuid.uuid4().hex[:12],
-                                  show_progress=progress, kernel_name=kernel_name, cwd=cwd)
-    record = RunRecord(input_path=str(input_path), output_path=str(output_path), record_path=str(record_path), parameters=parameters, kernel_name=kernel_name,
-                       started=started, seconds=round(time.monotonic() - start, 3), timeout_s=timeout_s, versions=_versions(), **_measured(nb, guard))
+    nb, guard = _execute_notebook(input_path, output_path, parameters=parameters, memory_limit=limit_bytes, timeout_s=timeout_s,
+                                  run_id=uuid.uuid4().hex[:12], show_progress=progress, kernel_name=kernel_name, cwd=cwd)
+    record = RunRecord(input_path=str(input_path), output_path=str(output_path), record_path=str(record_path), parameters=parameters,
+                       kernel_name=kernel_name, started=started, seconds=round(time.monotonic() - start, 3), timeout_s=timeout_s,
+                       versions=_versions(), **_measured(nb, guard))
     _write_atomically(record_path, record.to_json())
     if check: raise_for_status(record)
     return record

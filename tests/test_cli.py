@@ -29,7 +29,8 @@ def gausssafe(*args, **options): return subprocess.run([COMMAND, *map(str, args)
 
 def test_run_prints_record_and_progress(notebook, tmp_path):
     (tmp_path / "params.yaml").write_text("epochs: 5\n")
-    done = gausssafe("run", notebook("epochs"), tmp_path / "out/out.ipynb", "-f", tmp_path / "params.yaml", "-p", "epochs", "2", "--memory-limit", "1GB", "--timeout", "10m")
+    limits = ("--memory-limit", "1GB", "--timeout", "10m")
+    done = gausssafe("run", notebook("epochs"), tmp_path / "out/out.ipynb", "-f", tmp_path / "params.yaml", "-p", "epochs", "2", *limits)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ok in ") and "of 1.00 GB (" in done.stdout and "out.record.json" in done.stdout
     assert "cell 2 (In [3]), 3 of 3: " in done.stderr
@@ -51,7 +52,8 @@ def test_exit_codes(notebook, tmp_path, source, options, code, status):
 @pytest.mark.parametrize("args, message", [
     (("gone.ipynb", "out.ipynb"), "gausssafe: no such notebook: gone.ipynb"),
     (("IN", "out.ipynb", "-p", "epoch", "3"), "gausssafe: unknown parameter 'epoch': IN has epochs"),
-    (("IN", "out.ipynb", "--memory-limit", "2 gigs"), "gausssafe: '2 gigs' is not a size: write \"2GB\" (10^9 bytes each), \"2GiB\" (2^30), or whole bytes such as 2000000000"),
+    (("IN", "out.ipynb", "--memory-limit", "2 gigs"),
+     "gausssafe: '2 gigs' is not a size: write \"2GB\" (10^9 bytes each), \"2GiB\" (2^30), or whole bytes such as 2000000000"),
     (("IN", "out.ipynb", "--memory-limit", "0"), "gausssafe: '0' is not a size"),
     (("IN", "out.ipynb", "--memory-limit", "-1"), "gausssafe: '-1' is not a size"),
     (("IN", "out.ipynb", "--timeout", "soon"), "gausssafe: 'soon' is not a duration"),
@@ -72,9 +74,9 @@ def test_help_teaches():
     assert "Exit codes: 0 ok, 1 the notebook raised, 2 usage, 3 memory, 4 time-out, 5 lost." in CliRunner().invoke(main, ["run", "--help"]).output
 
 
-def test_memory(): 
+def test_memory():
     result = json.loads(CliRunner().invoke(main, ["memory", "--json"]).output)
-    assert 0 < result["left_bytes"] and min(result["limits"].values()) > 0
+    assert result["left_bytes"] > 0 and min(result["limits"].values()) > 0
     assert "left now" in CliRunner().invoke(main, ["memory"]).output
 
 

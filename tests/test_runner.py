@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -41,8 +42,7 @@ def marked(run_id):
     "Living processes that carry the mark of a run"
     found = []
     for process in psutil.process_iter():
-        try: found += [process] if process.environ().get("GAUSSSAFE_RUN") == run_id else []
-        except psutil.Error: pass
+        with suppress(psutil.Error): found += [process] if process.environ().get("GAUSSSAFE_RUN") == run_id else []
     return found
 
 
@@ -61,7 +61,8 @@ def test_ok_with_parameters_and_costs(run):
 
 @pytest.mark.parametrize("values", [None, {"n": 3}])
 def test_dead_cell_is_the_one_in_the_saved_notebook(run, values):
-    record = run("x = 1", "blocks = [bytearray(20_000_000) for _ in range(200)]  # the hungry one", "y = 2", parameters="n = 1", values=values, memory_limit="300MB")
+    hungry = "blocks = [bytearray(20_000_000) for _ in range(200)]  # the hungry one"
+    record = run("x = 1", hungry, "y = 2", parameters="n = 1", values=values, memory_limit="300MB")
     dead = saved(record).cells[record.cell_index]
     assert record.status == "oom_ram" and "the hungry one" in dead.source
     assert f"cell {record.cell_index} (In [{3 + (values is not None)}])" in record.error
@@ -73,9 +74,10 @@ def test_dead_cell_is_the_one_in_the_saved_notebook(run, values):
 
 
 def test_threads_and_children_count(run):
-    thread = "import threading, time\nblocks = []\nthreading.Thread(target=lambda: [blocks.append(bytearray(10_000_000)) for _ in range(100)]).start()\ntime.sleep(30)"
+    grow = "blocks = [bytearray(10_000_000) for _ in range(100)]; import time; time.sleep(30)"
+    thread = f"import threading\nt = threading.Thread(target=lambda: exec({grow!r}))\nt.start(); t.join()"
     assert run(thread, memory_limit="400MB").status == "oom_ram"
-    child = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'b = [bytearray(10_000_000) for _ in range(100)]; import time; time.sleep(30)'])"
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {grow!r}])"
     assert run(child, memory_limit="400MB").status == "oom_ram"
 
 
@@ -144,7 +146,8 @@ def test_bad_input_is_refused_before_anything_starts(write, tmp_path, change, me
 
 
 def test_parameters_need_a_parameters_cell(write, tmp_path):
-    with pytest.raises(InvalidInput, match="no cell tagged `parameters`, so 'epochs' would have no effect"): run_notebook(write("x = 1"), tmp_path / "out.ipynb", {"epochs": 2})
+    with pytest.raises(InvalidInput, match="no cell tagged `parameters`, so 'epochs' would have no effect"):
+        run_notebook(write("x = 1"), tmp_path / "out.ipynb", {"epochs": 2})
 
 
 def test_an_output_that_cannot_be_written(write, tmp_path):
@@ -215,7 +218,8 @@ def test_a_killed_guard_is_lost(write, tmp_path):
 def test_notebooks_that_nobody_here_wrote(tmp_path, name):
     "From papermill's own test suite, unchanged"
     source = Path(papermill.__file__).parent / "tests/notebooks" / f"{name}.ipynb"
-    record = run_notebook(source, tmp_path / "out.ipynb", {"msg": "hello"} if name == "simple_execute" else None, memory_limit="1GB", kernel_name="python3")
+    parameters = {"msg": "hello"} if name == "simple_execute" else None
+    record = run_notebook(source, tmp_path / "out.ipynb", parameters, memory_limit="1GB", kernel_name="python3")
     assert record.status == "ok"
 
 
@@ -223,5 +227,6 @@ def test_papermill_command_with_our_engine(write, tmp_path):
     "`papermill --engine gausssafe`: the dead cell tells the truth there too"
     source = write("b = [bytearray(10_000_000) for _ in range(100)]")
     env = os.environ | {"GAUSSSAFE_MEMORY_LIMIT": "200MB"}
-    done = subprocess.run([sys.executable, "-m", "papermill", "--engine", "gausssafe", source, tmp_path / "out.ipynb"], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "papermill", "--engine", "gausssafe", source, tmp_path / "out.ipynb"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "MemoryLimitExceeded: peak" in done.stderr and "of 200 MB limit at cell 2 (In [1])" in done.stderr
