@@ -422,7 +422,7 @@ def _adopt_orphans():
 
 
 def _raise_priority():
-    with suppress(AttributeError, OSError): os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    with suppress(OSError): os.setpriority(os.PRIO_PROCESS, 0, -20)
     if sys.platform == "linux": _libc("mlockall", _MCL_CURRENT_FUTURE_ONFAULT)
 
 # %% ../nbs/60_guard.ipynb #0c4a919c
