@@ -20,7 +20,7 @@ import weakref
 from array import array
 from collections.abc import Callable
 from contextlib import ContextDecorator, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -274,6 +274,7 @@ class MonitorEvent:
 
 # %% ../nbs/10_memory.ipynb #3a73c086
 _MAX_ROWS = 10_000
+_PSS_CORE_FRAC, _PSS_CREDIT_S = 0.003, 0.05  # What reading the PSS may cost in the long run, and at once
 
 
 def _high_water_bytes(pid):
@@ -290,17 +291,31 @@ class _Record:
     def __init__(self, pid):
         self.pid, self.rows, self.n_samples, self.t0 = pid, [], 0, None
         self._keep_every, self._peak_bytes, self._first_mark, self._last_cpu = 1, 0, sys.maxsize, None
+        self._pids, self._twice_bytes, self._pss_cost_s = [], 0, 0.0  # The last reading of PSS: the tree, what RSS counted twice, its cost
+        self._credit_s, self._credited_at = _PSS_CREDIT_S, 0.0  # Processor time that may go into PSS
 
     def begin(self):
         if self.t0 is None: self.t0 = time.perf_counter()
         self._first_mark, self._last_cpu = _high_water_bytes(self.pid), None
 
     def read(self):
-        "Take a sample; None when the tree is gone"
-        pids = tree_pids(self.pid)
-        reading = _read(pids, with_pss=len(pids) > 1)
-        if reading: self._add(reading, time.perf_counter() - self.t0)
-        return reading
+        "Take a sample: (reading, or None when the tree is gone; seconds that went into PSS)"
+        pids, t_s, pss_s = tree_pids(self.pid), time.perf_counter() - self.t0, 0.0
+        reading = _read(pids, with_pss=False)
+        if reading and len(pids) > 1: reading, pss_s = self._correct(reading, pids, t_s)
+        if reading: self._add(reading, t_s)
+        return reading, pss_s
+
+    def _correct(self, reading, pids, t_s):
+        "Take off what RSS counts twice, as PSS tells, or told when there is no credit for asking again"
+        self._credit_s, self._credited_at = min(_PSS_CREDIT_S, self._credit_s + _PSS_CORE_FRAC * (t_s - self._credited_at)), t_s
+        if self._credit_s < (0 if pids != self._pids else min(_PSS_CREDIT_S, 2 * self._pss_cost_s)):
+            return replace(reading, pss_bytes=max(reading.rss_bytes // len(pids), reading.rss_bytes - self._twice_bytes)), 0.0
+        started, pss = time.thread_time(), [_pss_bytes(pid) for pid in pids]
+        self._pids, self._pss_cost_s = pids, time.thread_time() - started
+        self._credit_s -= self._pss_cost_s
+        if None not in pss: self._twice_bytes, reading = reading.rss_bytes - sum(pss), replace(reading, pss_bytes=sum(pss))
+        return reading, self._pss_cost_s
 
     def peak_bytes(self):
         if (mark := _high_water_bytes(self.pid)) > self._first_mark: self._peak_bytes = max(self._peak_bytes, mark)
@@ -349,9 +364,9 @@ class _Sampler:
     def take(self):
         "One sample, and the pause that pays for it; False when there is nothing left to watch"
         started = time.thread_time()
-        reading = self.record.read()
+        reading, pss_s = self.record.read()
         cost_s = time.thread_time() - started
-        self.cost_s, self._pause_s = self.cost_s + cost_s, max(self.interval_s, cost_s / _CORE_FRAC)
+        self.cost_s, self._pause_s = self.cost_s + cost_s, max(self.interval_s, (cost_s - pss_s) / _CORE_FRAC)
         self.seen(reading)
         return reading is not None
 

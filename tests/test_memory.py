@@ -375,7 +375,8 @@ def test_bad_settings_fail_at_the_call(options, message):
 
 
 def test_a_process_that_ends_ends_the_record():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", "print('begun', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
     with MemoryMonitor(pid=process.pid, interval_s=0.01) as monitor:
         process.communicate(b"\n")
         monitor._sampler.thread.join(20)
@@ -421,6 +422,43 @@ def test_the_peak_of_a_fresh_process_is_the_kernels(tmp_path):
         print(monitor.peak_bytes, _high_water_bytes(os.getpid()), max(row.tree_bytes for row in monitor.history))
     """).split())
     assert peak == mark > 400 * MB > 10 * sampled_peak / 4
+
+
+@linux
+def test_a_monitor_counts_what_forks_share_once_and_keeps_its_pace():
+    peak, n_samples, cost = map(float, python("""
+        import os, time
+        from gausssafe.memory import MemoryMonitor
+        block = bytearray(300_000_000)
+        children = []
+        with MemoryMonitor(interval_s=0.05) as monitor:
+            for _ in range(3):
+                if not (pid := os.fork()): time.sleep(60)
+                children.append(pid)
+            time.sleep(4)
+            grown = bytearray(100_000_000)
+            time.sleep(2)
+            for pid in children: os.kill(pid, 9)
+        print(monitor.peak_bytes, len(monitor.history), monitor.cost_frac)
+    """).split())
+    assert 400 * MB < peak < 470 * MB and n_samples >= 8 and cost < 0.02
+
+
+@linux
+def test_between_two_readings_of_pss_what_is_counted_twice_is_taken_to_stay(child, monkeypatch):
+    record = memory._Record(child.pid)
+    record.begin()
+    monkeypatch.setattr(memory, "_pss_bytes", lambda pid: 30 * MB)
+    assert record.read()[0].tree_bytes == 60 * MB
+    record._credit_s = -1
+    monkeypatch.setattr(memory, "_pss_bytes", lambda pid: 1 / 0)
+    assert record.read()[0].tree_bytes == pytest.approx(60 * MB, abs=5 * MB)
+    record._twice_bytes = 10**12
+    reading, pss_s = record.read()
+    assert reading.tree_bytes == reading.rss_bytes // 2 and pss_s == 0  # As low as two processes can share
+    record._credit_s = 1
+    monkeypatch.setattr(memory, "_pss_bytes", lambda pid: None)
+    assert record.read()[0].pss_bytes is None
 
 
 @linux
