@@ -375,12 +375,14 @@ class _Sampler:
 
 # %% ../nbs/10_memory.ipynb #ca36a0fd
 class _Line:
-    def __init__(self, frac): self.frac, self._below = frac, {}
+    def __init__(self, frac): self.frac, self._above = frac, set()
 
     def crossed(self, source, used_frac):
         "Whether this use of a source is the first above the line"
-        if used_frac < 0.9 * self.frac: self._below[source] = True
-        return used_frac >= self.frac and self._below.get(source, True) and not self._below.update({source: False})
+        if used_frac < 0.9 * self.frac: self._above.discard(source)
+        if used_frac < self.frac or source in self._above: return False
+        self._above.add(source)
+        return True
 
 # %% ../nbs/10_memory.ipynb #4a022b62
 class _Report:
@@ -456,11 +458,12 @@ class MemoryMonitor(_Report, ContextDecorator):
     def _seen(self, reading):
         "React to a reading: fix an open limit, and call back where a line is crossed"
         if reading is None: return self._note("ended")
-        if self.limit_bytes is None: self.limit_bytes = reading.tree_bytes + memory_left_bytes()
+        if self.limit_bytes is None: self.limit_bytes = max(1, reading.tree_bytes + memory_left_bytes())
         for source, used_frac in (("memory", reading.tree_bytes / self.limit_bytes), ("cuda", reading.cuda_used_frac)):
             if not self._line.crossed(source, used_frac): continue
             self._note("soft_limit", source, used_frac)
-            try: self.on_soft_limit and self.on_soft_limit()
+            try:
+                if self.on_soft_limit: self.on_soft_limit()
             except Exception as error: self._note("error", source, used_frac, error)
 
     def _note(self, kind, source="", used_frac=0.0, error=None):

@@ -324,7 +324,7 @@ def test_a_callback_cannot_stop_its_monitor_but_hears_so():
     monitor = MemoryMonitor(1, interval_s=0.01, on_soft_limit=lambda: None)
     monitor.on_soft_limit = lambda: monitor.stop() if threading.current_thread() is monitor._sampler.thread else None
     with pytest.warns(RuntimeWarning, match="a monitor cannot be stopped from its own callback"), monitor:
-        monitor._line._below.clear()  # The first sample, in this thread, has fired already
+        monitor._line._above.clear()  # The first sample, in this thread, has fired already
         while len(monitor.events) < 3: time.sleep(0.01)
     assert not monitor._sampler.thread.is_alive()
 
