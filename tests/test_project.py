@@ -20,7 +20,7 @@ MODULES = {p.stem.split("_", 1)[1]: int(p.stem.split("_", 1)[0]) for p in (ROOT 
 def imported_modules(path):
     "Names of gausssafe's modules that a module imports, at its top (nbdev makes these relative) or inside functions"
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import): assert not any(alias.name.startswith("gausssafe") for alias in node.names), f"{path.name}: use from gausssafe..."
+        if isinstance(node, ast.Import): assert not any(alias.name.startswith("gausssafe") for alias in node.names), "write from gausssafe..."
         if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.split(".")[0] == "gausssafe"): continue
         parts = [part for part in (node.module or "").split(".") if part not in ("", "gausssafe")]
         yield from parts[:1] or [alias.name for alias in node.names]
