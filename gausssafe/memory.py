@@ -411,12 +411,17 @@ class _Report:
         return f"MemoryMonitor(peak {format_bytes(self.peak_bytes)} of {limit}; {self._record.n_samples} samples, {len(self.events)} events)"
 
 # %% ../nbs/10_memory.ipynb #21235765
+def _open_limit(held_bytes):
+    "What a tree that holds so much may grow to; under a guard never more than its limit"
+    return max(1, min(held_bytes + memory_left_bytes(), memory_limits().get("guard", sys.maxsize)))
+
+# %% ../nbs/10_memory.ipynb #eb642bab
 class MemoryMonitor(_Report, ContextDecorator):
     "Watch a process tree: `with MemoryMonitor() as m: ...`, `@MemoryMonitor()` (then `function.monitor`), or `start` and `stop`"
 
     def __init__(
         self,
-        limit: int | str | None = None,  # Of the process tree; None for what it holds at the start plus what is left then
+        limit: int | str | None = None,  # Of the process tree; None for what it holds at the start plus what is left then, at most the guard's limit
         *,
         soft_frac: float = 0.75,  # Of the limit, and of each CUDA card: where `on_soft_limit` is called
         interval_s: float = 0.1,  # Between samples; stretched where a sample is costly
@@ -458,7 +463,7 @@ class MemoryMonitor(_Report, ContextDecorator):
     def _seen(self, reading):
         "React to a reading: fix an open limit, and call back where a line is crossed"
         if reading is None: return self._note("ended")
-        if self.limit_bytes is None: self.limit_bytes = max(1, reading.tree_bytes + memory_left_bytes())
+        if self.limit_bytes is None: self.limit_bytes = _open_limit(reading.tree_bytes)
         for source, used_frac in (("memory", reading.tree_bytes / self.limit_bytes), ("cuda", reading.cuda_used_frac)):
             if not self._line.crossed(source, used_frac): continue
             self._note("soft_limit", source, used_frac)

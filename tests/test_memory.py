@@ -712,3 +712,10 @@ def test_on_a_card_the_count_is_the_allocators():
 
 def test_the_reading_agrees_with_psutil():
     assert read_memory(tree=False).rss_bytes == pytest.approx(psutil.Process().memory_info().rss, abs=5 * MB)
+
+
+def test_an_open_limit_is_never_above_the_guards(monkeypatch):
+    limit = read_memory().tree_bytes + 50_000_000
+    monkeypatch.setenv("GAUSSSAFE_LIMIT_BYTES", str(limit))
+    with MemoryMonitor() as monitor: pass
+    assert limit - 40_000_000 < monitor.limit_bytes <= limit
