@@ -12,11 +12,13 @@ import errno
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sys
 import tempfile
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +87,7 @@ class GuardProvisioner(LocalProvisioner):
     status_path = Unicode("", help="Where the guard writes how the run ended; by default in the private folder").tag(config=True)
     run_id = Unicode(help="Marks every process of the run").tag(config=True)
     transport = Enum(("ipc", "tcp"), default_value="ipc", help="Sockets in a private folder, or TCP ports").tag(config=True)
-    _lifeline = _folder = _status = _status_file = None
+    _lifeline = _answers = _folder = _status = _status_file = None
     _over = True
 
     @default("run_id")
@@ -106,25 +108,33 @@ class GuardProvisioner(LocalProvisioner):
         if shutil.which(cmd[0]) is None: raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cmd[0])
         Path(self._status_file).unlink(missing_ok=True)
         self._status, self._over = None, False
-        spec = GuardSpec(self.run_id, self._limit_bytes, self._timeout_s, self._status_file, self._folder, os.getpid())
         self._cut_lifeline()
-        read_end, self._lifeline = os.pipe()
-        os.set_blocking(self._lifeline, False)
-        try: self.process = launch_kernel([*guard_command(spec), *cmd], **self._scrub_kwargs(kwargs) | {"stdin": read_end})
-        finally: os.close(read_end)
+        (ear, self._lifeline), (self._answers, mouth) = os.pipe(), os.pipe()
+        for end in (self._lifeline, self._answers, mouth): os.set_blocking(end, False)
+        spec = GuardSpec(self.run_id, self._limit_bytes, self._timeout_s, self._status_file, self._folder, mouth, os.getpid())
+        options = self._scrub_kwargs(kwargs) | {"stdin": ear, "pass_fds": (*kwargs.get("pass_fds", ()), mouth)}
+        try: self.process = launch_kernel([*guard_command(spec), *cmd], **options)
+        finally:
+            for end in (ear, mouth): os.close(end)
         self.pid, self.pgid, self.cwd = self.process.pid, None, kwargs.get("cwd") or os.getcwd()
         return self.connection_info
 
     def mark(self, cell_index: int | None):
-        "Tell the guard that a cell begins, or, with None, that it ended"
+        "Tell the guard that a cell begins, or, with None, that it ended; wait until it has looked, a quarter of a second at most"
+        if self._lifeline is None: return
+        with suppress(OSError): os.read(self._answers, 512)  # to earlier marks, come late
         self._tell("end" if cell_index is None else f"cell {cell_index}")
+        poller = select.poll()
+        poller.register(self._answers, select.POLLIN)
+        poller.poll(250)
 
     def _tell(self, line):
-        try: os.write(self._lifeline, f"{line}\n".encode()) if self._lifeline is not None else None
-        except OSError: self.log.debug("the guard is gone: %s", line)
+        if self._lifeline is None: return
+        with suppress(OSError): os.write(self._lifeline, f"{line}\n".encode())
 
     def _cut_lifeline(self):
-        if self._lifeline is not None: os.close(self._lifeline)
+        if self._lifeline is None: return
+        for end in (self._lifeline, self._answers): os.close(end)
         self._lifeline = None
 
     def read_status(self) -> dict | None:

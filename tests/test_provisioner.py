@@ -1,13 +1,18 @@
 "Any Jupyter kernel, started by whatever starts kernels, is held by a guard"
 import asyncio
 import contextlib
+import json
 import os
+import random
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
+import uuid
 from pathlib import Path
 
 import nbformat
@@ -212,7 +217,8 @@ def test_a_killed_guard_takes_the_kernel_and_is_noticed(kernel):
     family = wait_for(lambda: len(found := marked(provisioner.run_id)) == 3 and found)
     os.kill(provisioner.pid, signal.SIGKILL)
     wait_for(lambda: not manager.is_alive())
-    assert provisioner.read_status() is None and not psutil.wait_procs(family, timeout=10)[1]
+    assert provisioner.read_status() is None
+    wait_for(lambda: not any(map(is_alive, family)))
 
 
 def test_a_thread_that_ends_does_not_take_its_kernel_along():
@@ -340,3 +346,103 @@ def test_a_killed_runner_leaves_neither_processes_nor_sockets():
      "killed by the operating system, which ran out of memory; its own peak was 1.00 GB"),
 ])
 def test_the_log_says_why(status, sentence): assert module.explain_end(status) == sentence
+
+
+class Server:
+    "A Jupyter server of our own, spoken to as a browser does"
+
+    def __init__(self, folder):
+        self.port, self.token, self.folder = free_port(), uuid.uuid4().hex, folder
+        names = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime"}
+        env = os.environ | {"JUPYTER_TOKEN": self.token} | {key: str(folder / value) for key, value in names.items()}
+        options = ["--no-browser", "--ip=127.0.0.1", f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+        with open(folder / "log", "wb") as log:
+            command = [sys.executable, "-m", "jupyter_server", *options, "--allow-root", "--KernelRestarter.time_to_dead=0.5"]
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        wait_for(lambda: self.process.poll() is not None or self.answers(), 60)
+
+    def answers(self):
+        with contextlib.suppress(OSError): return self.ask("GET", "/api")
+
+    def ask(self, method, path, body=None):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method, data=json.dumps(body).encode() if body else None,
+                                         headers={"Authorization": f"token {self.token}", "Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as reply: return json.loads(reply.read() or "null")
+
+    def run(self, kernel_id, source, wait=True):
+        "What a cell prints"
+        import websocket
+        channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/api/kernels/{kernel_id}/channels?token={self.token}", timeout=60)
+        header = {"msg_id": uuid.uuid4().hex, "username": "", "session": uuid.uuid4().hex, "msg_type": "execute_request", "version": "5.3"}
+        content = {"code": source, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+        channel.send(json.dumps({"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}))
+        printed, message = [], {"msg_type": None}
+        while wait and not (message["msg_type"] == "status" and message["content"]["execution_state"] == "idle"):
+            while (message := json.loads(channel.recv()))["parent_header"].get("msg_id") != header["msg_id"]: pass
+            printed.append(message["content"].get("text", ""))
+        if not wait: time.sleep(0.2)
+        channel.close()
+        return "".join(printed)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def server(jupyter):
+    pytest.importorskip("jupyter_server")
+    pytest.importorskip("websocket")
+    install_kernel("held", memory_limit="500MB", user=True)
+    servers = []
+
+    def server():
+        servers.append(Server(jupyter))
+        return servers[-1]
+    yield server
+    for each in servers:
+        each.process.terminate()
+        each.process.wait(30)
+
+
+def below(process):
+    "Guards, kernels and all they started"
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def is_alive(process):
+    "Neither gone nor dead and waiting for init to notice"
+    with contextlib.suppress(psutil.Error): return process.is_running() and process.status() != "zombie"
+    return False
+
+
+@pytest.mark.slow
+def test_jupyter_server_restarts_a_killed_kernel_under_a_guard(server):
+    a_server = server()
+    kernel_id = a_server.ask("POST", "/api/kernels", {"name": "held"})["id"]
+    show = "import os; print(os.environ['GAUSSSAFE_LIMIT_BYTES'], os.environ['GAUSSSAFE_GUARD_PID'])"
+    limit, first = a_server.run(kernel_id, show).split()
+    a_server.run(kernel_id, FAMILY)
+    a_server.run(kernel_id, GREEDY, wait=False)
+    wait_for(lambda: not psutil.pid_exists(int(first)) or psutil.Process(int(first)).status() == "zombie")
+    wait_for(lambda: len(below(a_server.process)) == 2)  # another guard and its kernel, and nothing of the first
+    limit_again, second = a_server.run(kernel_id, show).split()
+    assert limit == limit_again == "500000000" and first != second
+    log = (a_server.folder / "log").read_text()
+    assert "stopped at its memory limit: peak 5" in log and "of 500 MB" in log
+
+
+@pytest.mark.torture
+def test_fifty_killed_jupyter_servers_leave_nothing(server):
+    for _ in range(50):
+        a_server = server()
+        kernel_id = a_server.ask("POST", "/api/kernels", {"name": "held"})["id"]
+        if random.random() < 0.7: a_server.run(kernel_id, FAMILY)
+        time.sleep(random.uniform(0, 0.3))
+        family = below(a_server.process)
+        a_server.process.kill()
+        a_server.process.wait()
+        assert len(family) >= 2
+        wait_for(lambda family=family: not any(map(is_alive, family)), 1)
