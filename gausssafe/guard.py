@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Process', 'read_process', 'descendants', 'pss_bytes', 'high_water_bytes', 'command_line', 'Tree', 'ProcTree',
            'sleep_s', 'Trace', 'Cells', 'mapped_segments', 'SharedMemory', 'Cgroup', 'find_cgroup', 'CgroupTree',
-           'PsTree', 'GuardSpec', 'guard_command', 'Record', 'Guard', 'main', 'run_guarded', 'clear_leftovers']
+           'PsTree', 'GuardSpec', 'guard_command', 'Record', 'Watch', 'Guard', 'main', 'run_guarded', 'clear_leftovers']
 
 # %% ../nbs/60_guard.ipynb #021a15d2
 import os
@@ -15,6 +15,7 @@ if os.name != "posix": raise ImportError("gausssafe guards processes on Linux an
 # %% ../nbs/60_guard.ipynb #f28e3ffe
 import ctypes
 import json
+import re
 import select
 import signal
 import sys
@@ -536,8 +537,8 @@ def _freeze(tree):
 class Record:
     "What is known of one run"
 
-    def __init__(self, spec):
-        self.spec, self.began_s, self.containment = spec, time.monotonic(), None
+    def __init__(self, spec, containment):
+        self.spec, self.began_s, self.containment = spec, time.monotonic(), containment
         self.reason = self.exit_code = None
         self.peak_bytes = self.used_bytes = self.kernel_hwm_bytes = 0
         self.cells, self.trace = Cells(), Trace()
@@ -612,72 +613,6 @@ def _end_tree(tree, record, shared, kernel_pid):
     record.shared_memory = shared.unlink()
     tree.close()
 
-# %% ../nbs/60_guard.ipynb #3532853d
-class Guard:
-    "Start one command, watch its tree, end it, write down how it went"
-
-    def __init__(self, spec, command):
-        self.spec, self.command, self.record, self.shared = spec, command, Record(spec), SharedMemory()
-        self.n_cores, self.pending = os.cpu_count() or 1, b""
-
-    def run(self):
-        wake = _hear_signals()
-        if self.spec.answer_fd is not None: os.set_inheritable(self.spec.answer_fd, False)
-        self.tree, self.record.containment = _choose_tree(self.spec)
-        self.kernel_pid = _start(self.command, _marks(self.spec), self.tree.group)
-        sources = {0: self.on_lifeline, wake: lambda: self.on_signals(os.read(wake, 512))}
-        if (runner := self.runner()) is not None: sources[runner] = lambda: self.finish("runner_died")
-        try: self.watch(sources)
-        finally: _end_tree(self.tree, self.record, self.shared, self.kernel_pid)
-        if self.spec.status_path: _write_json(self.spec.status_path, self.record.status())
-        if self.record.reason == "runner_died" and self.spec.private_dir: _remove_private(self.spec.private_dir)
-        return self.record.exit_code
-
-    def runner(self):
-        "A descriptor that becomes readable when the runner dies; None where there is no such thing"
-        try: return os.pidfd_open(self.spec.runner_pid) if self.spec.runner_pid and hasattr(os, "pidfd_open") else None
-        except ProcessLookupError: self.finish("runner_died")
-        except OSError: return None
-
-    def finish(self, reason): self.record.reason = self.record.reason or reason
-
-    def watch(self, sources):
-        while self.look() is None:
-            pause_s = max(self.tree.pause_s, sleep_s(self.tree.bound_bytes, self.spec.limit_bytes, self.n_cores))
-            for ready in select.select(list(sources), [], [], pause_s)[0]: sources[ready]()
-
-    def look(self):
-        "See where the tree stands; the reason to end, if there is one"
-        if self.record.reason: return self.record.reason
-        self.record.sample(self.tree.read())
-        self.shared.look(self.tree.known, self.record.now_s())
-        if self.tree.exceeded(self.record.used_bytes): self.finish("memory")
-        elif self.spec.timeout_s and self.record.now_s() > self.spec.timeout_s: self.finish("timeout")
-        return self.record.reason
-
-    def on_lifeline(self):
-        "Lines from the runner: `cell 4`, `end`, `signal 10`, `stop`; the end of the pipe is the end of the runner"
-        data = os.read(0, 65536)
-        if not data: return self.finish("runner_died")
-        *lines, self.pending = (self.pending + data).split(b"\n")
-        for line in lines: self.on_line(*line.decode().split())
-
-    def on_line(self, word="", number="0"):
-        if word == "stop": return self.finish("terminated")
-        if word == "signal": return _send(self.kernel_pid, int(number), os.killpg)
-        self.look()
-        state = (self.record.now_s(), self.record.used_bytes, high_water_bytes(self.kernel_pid))
-        if word == "cell": self.record.cells.begin(int(number), *state)
-        if word == "end": self.record.cells.end(*state)
-        if self.spec.answer_fd is not None: _send(self.spec.answer_fd, b".", os.write)
-
-    def on_signals(self, numbers):
-        for number in set(numbers):
-            if number in _FORWARDED: _send(self.kernel_pid, number, os.killpg)
-            if number in _ENDING: self.finish("terminated")
-        _reap(self.record, self.kernel_pid)
-        if self.record.exit_code is not None: self.finish("memory" if self.tree.exceeded(0) else "exited")
-
 # %% ../nbs/60_guard.ipynb #94df70d5
 def _hear_signals():
     "A descriptor that yields the numbers of arriving signals"
@@ -705,6 +640,79 @@ def _make_group(spec):
         if group.lets_in(): return group
         group.remove()
     except OSError as error: os.write(2, f"gausssafe: no control group of our own: {error}\n".encode())
+
+# %% ../nbs/60_guard.ipynb #590160cc
+class Watch:
+    "Look at a tree again and again, until there is a reason to end it"
+
+    def __init__(self, spec, tree, record):
+        self.spec, self.tree, self.record = spec, tree, record
+        self.shared, self.n_cores, self.sources = SharedMemory(), os.cpu_count() or 1, {}
+
+    def finish(self, reason): self.record.reason = self.record.reason or reason
+
+    def look(self):
+        "See where the tree stands; the reason to end, if there is one"
+        if self.record.reason: return self.record.reason
+        self.record.sample(self.tree.read())
+        self.shared.look(self.tree.known, self.record.now_s())
+        if self.tree.exceeded(self.record.used_bytes): self.finish("memory")
+        elif self.spec.timeout_s and self.record.now_s() > self.spec.timeout_s: self.finish("timeout")
+        return self.record.reason
+
+    def watch(self):
+        while self.look() is None:
+            pause_s = max(self.tree.pause_s, sleep_s(self.tree.bound_bytes, self.spec.limit_bytes, self.n_cores))
+            for ready in select.select(list(self.sources), [], [], pause_s)[0]: self.sources[ready]()
+
+# %% ../nbs/60_guard.ipynb #b1624576
+class Guard(Watch):
+    "Start one command, watch its tree, end it, write down how it went"
+
+    def __init__(self, spec, command):
+        self.wake, self.pending = _hear_signals(), b""
+        if spec.answer_fd is not None: os.set_inheritable(spec.answer_fd, False)
+        tree, containment = _choose_tree(spec)
+        super().__init__(spec, tree, Record(spec, containment))
+        self.kernel_pid = _start(command, _marks(spec), tree.group)
+
+    def run(self):
+        self.sources = {0: self.on_lifeline, self.wake: self.on_signals}
+        if (runner := self.runner()) is not None: self.sources[runner] = lambda: self.finish("runner_died")
+        try: self.watch()
+        finally: _end_tree(self.tree, self.record, self.shared, self.kernel_pid)
+        if self.spec.status_path: _write_json(self.spec.status_path, self.record.status())
+        if self.record.reason == "runner_died" and self.spec.private_dir: _remove_private(self.spec.private_dir)
+        return self.record.exit_code
+
+    def runner(self):
+        "A descriptor that becomes readable when the runner dies; None where there is no such thing"
+        try: return os.pidfd_open(self.spec.runner_pid) if self.spec.runner_pid and hasattr(os, "pidfd_open") else None
+        except ProcessLookupError: self.finish("runner_died")
+        except OSError: return None
+
+    def on_lifeline(self):
+        "Lines from the runner: `cell 4`, `end`, `signal 10`, `stop`"
+        data = os.read(0, 65536)
+        if not data: return self.finish("runner_died")
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        for line in lines: self.on_line(*line.decode().split())
+
+    def on_line(self, word="", number="0"):
+        if word == "stop": return self.finish("terminated")
+        if word == "signal": return _send(self.kernel_pid, int(number), os.killpg)
+        self.look()
+        state = (self.record.now_s(), self.record.used_bytes, high_water_bytes(self.kernel_pid))
+        if word == "cell": self.record.cells.begin(int(number), *state)
+        if word == "end": self.record.cells.end(*state)
+        if self.spec.answer_fd is not None: _send(self.spec.answer_fd, b".", os.write)
+
+    def on_signals(self):
+        for number in set(os.read(self.wake, 512)):
+            if number in _FORWARDED: _send(self.kernel_pid, number, os.killpg)
+            if number in _ENDING: self.finish("terminated")
+        _reap(self.record, self.kernel_pid)
+        if self.record.exit_code is not None: self.finish("memory" if self.tree.exceeded(0) else "exited")
 
 # %% ../nbs/60_guard.ipynb #15d92c53
 def main(
@@ -745,8 +753,8 @@ def _environment(pid):
 def _is_leftover(pid):
     try: ours = os.stat(f"/proc/{pid}").st_uid == os.getuid() and os.stat(f"/proc/{pid}/ns/pid").st_ino == os.stat("/proc/self/ns/pid").st_ino
     except OSError: return False
-    owner = _environment(pid).get("GAUSSSAFE_OWNER") if ours else None
-    return owner is not None and owner != _identity(int(owner.partition(":")[0]))
+    owner = _environment(pid).get("GAUSSSAFE_OWNER", "") if ours else ""
+    return re.fullmatch(r"\d+:\d+", owner) is not None and owner != _identity(int(owner.partition(":")[0]))
 
 
 def _ancestors():
