@@ -28,7 +28,7 @@ class Plan:
     predicted_bytes: int  # Peak of logical bytes beyond the inputs
     limit_bytes: int  # What it had to stay under
 
-# %% ../nbs/21_metrics.ipynb #13073d4e
+
 @dataclass(frozen=True)
 class Score:
     "The value of a metric, its standard error over fresh draws, and what exactly it is"
@@ -62,13 +62,13 @@ def _check_count(value, name):
 # %% ../nbs/21_metrics.ipynb #a428f2e9
 N_GROUPS = 20  # Groups of points whose scatter gives the standard error
 
-# %% ../nbs/21_metrics.ipynb #d0f56c70
+
 def _groups(points): return points.tensor_split(min(N_GROUPS, len(points)))
 
 
 def _sizes(n): return [n // min(N_GROUPS, n) + (g < n % min(N_GROUPS, n)) for g in range(min(N_GROUPS, n))]
 
-# %% ../nbs/21_metrics.ipynb #fb7847c8
+
 def _prepare(x, centre, seed):
     "Shuffled, centred, in float64, on the device of x"
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
@@ -77,7 +77,7 @@ def _prepare(x, centre, seed):
 # %% ../nbs/21_metrics.ipynb #6a984b9d
 TILE_BYTES = 2**19  # Of each of two work tiles: larger ones leave the cache and are slower
 
-# %% ../nbs/21_metrics.ipynb #20f7b5ac
+
 def _tile_shape(n, m, tile_bytes, same):
     "Rows and columns of a tile: square where it covers only a part, always for a table against itself"
     size = max(1, tile_bytes // 8)
@@ -100,7 +100,7 @@ def _memberships(n, step, like):
         chunks.append((i, j, g, h, ones))
     return chunks
 
-# %% ../nbs/21_metrics.ipynb #d47816cd
+# %% ../nbs/21_metrics.ipynb #20f7b5ac
 def _pair_sums(a, b, gamma, tile_bytes, *, same=False):
     "Kernel sums per pair of groups, by tiles of pairs"
     rows, cols = _tile_shape(len(a), len(b), tile_bytes, same)
@@ -114,7 +114,7 @@ def _pair_sums(a, b, gamma, tile_bytes, *, same=False):
             if same and i != j: sums[h:h_end, g:g_end] += block.T
     return sums
 
-# %% ../nbs/21_metrics.ipynb #349e4583
+
 def _tile(a, b, work):
     "exp(-|a - b|^2), filled in place"
     tile, difference = (space[:len(a) * len(b)].view(len(a), len(b)) for space in work)
@@ -128,7 +128,7 @@ def _tile(a, b, work):
 TOLERANCE = 1e-14  # Of the kernel, at each of the two truncations
 ROWS = 256  # Points whose features are formed at a time
 
-# %% ../nbs/21_metrics.ipynb #0046557f
+
 @dataclass(frozen=True)
 class KernelFeatures:
     "Deterministic Fourier features of a Gaussian kernel in the plane, exact to 1e-13 inside a box"
@@ -154,7 +154,7 @@ class KernelFeatures:
         "Whether every point lies in the box or within reach of it"
         return all(bool(column.abs().max() <= half + self.reach) for column, half in zip(points.T, self.half_width, strict=True))
 
-# %% ../nbs/21_metrics.ipynb #338433b9
+# %% ../nbs/21_metrics.ipynb #0046557f
 def _axis(features, j, like):
     "Angular frequencies and the roots of the weights along axis j"
     k = torch.arange(features.n_modes[j] + 1, dtype=torch.float64, device=like.device)
@@ -162,7 +162,7 @@ def _axis(features, j, like):
     log_weights = -(math.pi * k / p) ** 2 / gamma + 0.5 * math.log(math.pi / gamma) - math.log(p) + (k > 0).double() * math.log(2)
     return 2 * math.pi / p * k, (0.5 * log_weights).exp()
 
-# %% ../nbs/21_metrics.ipynb #af8a84b3
+
 def _along(column, frequencies, roots, phase, out):
     "Weighted cosines and sines of one coordinate, written to `out`"
     n_waves, n = len(frequencies), len(column)
@@ -172,7 +172,7 @@ def _along(column, frequencies, roots, phase, out):
     torch.sin(phase[:, 1:], out=out[:, n_waves:]).mul_(roots[1:])
     return out
 
-# %% ../nbs/21_metrics.ipynb #e33af535
+
 def _embed(points, features):
     "Summed features of every group, (groups, n_features)"
     axes = [_axis(features, j, points) for j in (0, 1)]
@@ -188,7 +188,7 @@ def _embed(points, features):
 MEDIAN_POINTS = 2000  # Seeded target points whose median distance sets the bandwidths of mmd_multiscale
 N_KERNELS = 16  # Kernels whose terms a target keeps; the oldest go first
 
-# %% ../nbs/21_metrics.ipynb #e7ace230
+
 @dataclass(frozen=True)
 class _Terms:
     "What a target knows about one kernel"
@@ -231,7 +231,7 @@ class Target:
 # %% ../nbs/21_metrics.ipynb #6efeb3a2
 def _as_target(target): return target if isinstance(target, Target) else Target(target)
 
-# %% ../nbs/21_metrics.ipynb #aad14a0f
+
 def _samples(x, target, n_least=1):
     x = _check(x, n_least=n_least, n_features=target.n_features)
     if x.device != target.device: raise InvalidInput(f"samples are on {x.device}, the target on {target.device}: move one of them")
@@ -256,7 +256,7 @@ class _Job:
     n_chunks: int
     tile_bytes: int = 0
 
-# %% ../nbs/21_metrics.ipynb #a5a81c8f
+
 def _pair_bytes(n, m, d, tile_bytes, same):
     rows, cols = _tile_shape(n, m, tile_bytes, same)
     across, down = _spans(n, rows), _spans(m, cols)
@@ -278,7 +278,7 @@ def _embed_job(n, features):
     "Cost of `_embed`, its result included"
     return _Job(features.work_bytes + 8 * len(_sizes(n)) * features.n_features, sum(-(-size // ROWS) for size in _sizes(n)))
 
-# %% ../nbs/21_metrics.ipynb #c61c7447
+
 def _points_bytes(n, m, d, fresh):
     "What the prepared points take, and the peak while they are shuffled; a prepared target has its own already"
     kept_x, kept_y = 8 * d * n, 8 * d * m * fresh
@@ -332,7 +332,7 @@ def _own_terms(target, step):
     while len(target._terms) >= N_KERNELS: target._terms.pop(next(iter(target._terms)))
     return target._terms.setdefault(step.gamma, _Terms(sums, step.features, embedding))
 
-# %% ../nbs/21_metrics.ipynb #4447311c
+
 def _kernel_sums(x, target, step):
     "Sums per pair of groups over xx, xy and yy: one symmetric table, samples first"
     own = _own_terms(target, step)
@@ -352,13 +352,13 @@ def _residuals(n):
     groups = len(sizes)
     return (torch.eye(groups, dtype=torch.float64) - sizes[:, None] / n) * math.sqrt(groups / (groups - 1)) / n
 
-# %% ../nbs/21_metrics.ipynb #9c04abfc
+
 def _trace_of_square(h):
     "tr(Sigma^2) from the Gram matrix of scaled deviations, without its bias (Bai & Saranadasa 1996)"
     dof = len(h) - 1
     return (h.square().sum() - h.trace() ** 2 / dof) * dof**2 / ((dof - 1) * (dof + 2))
 
-# %% ../nbs/21_metrics.ipynb #d5f257f9
+
 def _squared_mmd_stderr(sums, n, m):
     "Standard error of the squared MMD over fresh draws of both clouds"
     if min(n, m) < 3: return math.inf
@@ -375,14 +375,14 @@ def _kernel_means(sums, n, m):
     g = len(_sizes(n))
     return (sums[:g, :g].sum() / n**2).item(), (sums[:g, g:].sum() / (n * m)).item(), (sums[g:, g:].sum() / m**2).item()
 
-# %% ../nbs/21_metrics.ipynb #97e4f851
+
 def _plan_mmd(x, target, gamma, memory_limit):
     if not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf): raise InvalidInput(f"gamma is a positive number, not {gamma!r}")
     budget, prepared = MemoryBudget(memory_limit), _as_target(target)
     x = _samples(x, prepared)
     return x, prepared, *_plan(x, prepared, [float(gamma)], budget, fresh=prepared is not target)
 
-# %% ../nbs/21_metrics.ipynb #ff408377
+
 def mmd(
     x: torch.Tensor,  # Samples, (n, d)
     target: torch.Tensor | Target,  # Target sample, (m, d); a Target is prepared once
@@ -401,7 +401,7 @@ def mmd(
 # %% ../nbs/21_metrics.ipynb #57e81dc8
 SCALES = (0.1, 0.5, 1.0, 2.0, 5.0)  # Squared bandwidths over the median squared distance
 
-# %% ../nbs/21_metrics.ipynb #881c0a8d
+
 def _plan_multiscale(x, target, memory_limit):
     budget, prepared = MemoryBudget(memory_limit), _as_target(target)
     x, n_pairs = _samples(x, prepared, n_least=2), math.comb(min(prepared.n, MEDIAN_POINTS), 2)
@@ -413,7 +413,7 @@ def _plan_multiscale(x, target, memory_limit):
     steps, plan = _plan(x, prepared, [1 / (2 * scale * median) for scale in SCALES], budget, fresh=prepared is not target)
     return x, prepared, steps, replace(plan, predicted_bytes=max(plan.predicted_bytes, median_bytes))
 
-# %% ../nbs/21_metrics.ipynb #8677f6dc
+
 def mmd_multiscale(
     x: torch.Tensor,  # Samples, (n, d), n >= 2
     target: torch.Tensor | Target,  # Target sample, (m, d), m >= 2
@@ -432,7 +432,7 @@ def mmd_multiscale(
 # %% ../nbs/21_metrics.ipynb #fe7ad5b7
 N_PARTS = 10  # Disjoint parts of a sample whose scatter gives the standard error
 
-# %% ../nbs/21_metrics.ipynb #dacf1028
+
 def _stderr_of_parts(values): return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) else math.inf
 
 
@@ -440,12 +440,12 @@ def _parts(n, n_least):
     "Indices of disjoint tenths; none where one would be smaller than n_least"
     return np.array_split(np.arange(n), N_PARTS) if n >= N_PARTS * n_least else []
 
-# %% ../nbs/21_metrics.ipynb #52d1b18a
+
 def _assignment_cost(cost):
     from scipy.optimize import linear_sum_assignment
     return float(cost[linear_sum_assignment(cost)].mean())
 
-# %% ../nbs/21_metrics.ipynb #b55c647b
+# %% ../nbs/21_metrics.ipynb #dacf1028
 def _plan_wasserstein(x, target, n_points, memory_limit):
     _check_count(n_points, "n_points")
     budget, prepared = MemoryBudget(memory_limit), _as_target(target)
@@ -455,7 +455,7 @@ def _plan_wasserstein(x, target, n_points, memory_limit):
     budget.require(needed_bytes, what=f"assigning {k:,} points", advice="Use fewer n_points or a larger memory_limit.")
     return x[:k], prepared, Plan("assignment", 1, needed_bytes, budget.limit_bytes)
 
-# %% ../nbs/21_metrics.ipynb #46e552e7
+
 def wasserstein(
     x: torch.Tensor,  # Samples, (n, d)
     target: torch.Tensor | Target,  # Target sample, (m, d)
@@ -491,7 +491,7 @@ def _check_against(x, mixture, n_least):
     if not hasattr(mixture, "log_prob"): raise InvalidInput(f"a density is needed, with log_prob, not {type(mixture).__name__}")
     return _check(x, n_least=n_least, n_features=mixture.n_features)
 
-# %% ../nbs/21_metrics.ipynb #4ccf9dea
+
 def _surprise(points, n_neighbors):
     "Estimates of -log density at each point, whose mean is the Kozachenko-Leonenko entropy"
     from scipy.spatial import cKDTree
@@ -528,7 +528,7 @@ def _cell_counts(points, half_width, bins):
         cell = cell * bins + place.clamp(0, bins - 1).long()
     return torch.where(inside, cell, bins ** len(half_width)).bincount(minlength=bins ** len(half_width) + 1).double()
 
-# %% ../nbs/21_metrics.ipynb #ec988203
+
 def kl_histogram(
     x: torch.Tensor,  # Samples, (n, d)
     target: torch.Tensor | Target,  # Target sample, (m, d)
