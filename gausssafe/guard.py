@@ -135,13 +135,15 @@ def _backed_bytes(pid):
 class _Look:
     "The PSS of some processes, and what follows from it later without asking again"
 
-    def __init__(self, processes):
-        self.then, self.pss, self.backed, began_s = processes, 0, {}, time.monotonic()
-        for pid, process in processes.items():
+    def __init__(self, pids):
+        self.then, self.pss, self.backed, began_s = {}, 0, {}, time.monotonic()
+        for pid in pids:
+            if (process := read_process(pid)) is None: continue
             pss = pss_bytes(pid)
             self.pss += process.rss_bytes if pss is None else pss
-            self.backed[pid] = _backed_bytes(pid)  # after its PSS: what comes between is not counted twice
-        self.took_s = time.monotonic() - began_s
+            self.then[pid], self.backed[pid] = process, _backed_bytes(pid)  # before and after its PSS: at most, at least
+        self.over_s = time.monotonic()
+        self.took_s = self.over_s - began_s
 
     def at_most(self, now):
         if now.keys() != self.then.keys(): return float("inf")
@@ -179,7 +181,7 @@ class ProcTree(Tree):
     def __init__(self, root, limit_bytes=None):
         super().__init__(root, limit_bytes)
         self._newest, self._walks_due, self._walked_s = None, 0, 0.0
-        self._look, self._next_look_s, self._distinct = _Look({}), 0.0, set()
+        self._look, self._distinct = _Look({}), set()
 
     def pids(self):
         self.known = descendants(self.root)
@@ -203,22 +205,29 @@ class ProcTree(Tree):
         return found
 
     def read(self, exact=False):
-        "Bytes the tree occupies; above the limit only if measured so"
+        "Bytes the tree occupies; above the limit only if it surely is"
         now = self.processes()
-        rss = self.bound_bytes = sum(p.rss_bytes for p in now.values())
-        if len(now) < 2: return rss
-        largest = max(p.rss_bytes for p in now.values())
-        self.bound_bytes = min(rss, self._look.at_most(now))
-        doubtful = self.bound_bytes > self.limit_bytes >= largest
-        if doubtful and not exact and (surely := self._look.at_least(now)) > self.limit_bytes: return surely
-        if exact or doubtful or time.monotonic() > self._next_look_s: return self._look_again(now)
-        return min(rss, max(largest, self._look.probably(now)))
+        least, most = self._between(now)
+        if len(now) > 1 and (exact or self._is_due(now, least, most)):
+            self._look = _Look(now)
+            now = self.processes()
+            least, most = self._between(now)
+        self.bound_bytes = most
+        return least if least > self.limit_bytes else min(max(least, self._look.probably(now)), most, self.limit_bytes)
 
-    def _look_again(self, now):
-        self._look = _Look(now)
-        self._next_look_s = time.monotonic() + max(0.5, 200 * self._look.took_s)
-        self.bound_bytes = self._look.pss
-        return self._look.pss
+    def _between(self, now):
+        "Bytes at least and at most"
+        rss, largest = sum(p.rss_bytes for p in now.values()), max((p.rss_bytes for p in now.values()), default=0)
+        if len(now) < 2: return rss, rss
+        most = min(rss, self._look.at_most(now))
+        return max(largest, self._look.at_least(now) if most > self.limit_bytes >= largest else 0), most
+
+    def _is_due(self, now, least, most):
+        "In doubt at the limit; or now and then, for 0.5 % of our time; sooner while sizeable newcomers fill the second half of the limit"
+        if least <= self.limit_bytes < most and most - least > self.limit_bytes / 20: return True
+        strange = sum(p.rss_bytes for pid, p in now.items() if pid not in self._look.then)
+        hurry = most > self.limit_bytes / 2 and strange > self.limit_bytes / 20
+        return time.monotonic() > self._look.over_s + (20 * self._look.took_s if hurry else max(0.5, 200 * self._look.took_s))
 
 # %% ../nbs/60_guard.ipynb #71f4e708
 _SPEED = 4e9  # Bytes a second that one core can touch for the first time
@@ -316,6 +325,14 @@ def _write(path, text):
     with open(path, "w") as file: file.write(text)
 
 
+def _send(target, what, send=os.kill):
+    "Send to somebody who may be gone"
+    with suppress(OSError): send(target, what)
+
+
+def _say(text): _send(2, f"gausssafe: {text}\n".encode(), os.write)
+
+
 class Cgroup:
     "A control group of one run; the operating system keeps its limit"
 
@@ -393,7 +410,8 @@ class CgroupTree(ProcTree):
         self.group = group
 
     def read(self, exact=False):
-        if self.group.lift(): self.processes()
+        self.group.lift()
+        self.processes()
         self.bound_bytes = self.group.used_bytes()
         return self.group.peak_bytes() if exact else self.bound_bytes
 
@@ -402,7 +420,7 @@ class CgroupTree(ProcTree):
 
     def close(self):
         try: self.group.remove()
-        except OSError as error: os.write(2, f"gausssafe: {error}\n".encode())
+        except OSError as error: _say(error)
 
 # %% ../nbs/60_guard.ipynb #bf37e94d
 class PsTree(Tree):
@@ -512,15 +530,10 @@ def _start(command, marks, group):
     _raise_priority()
     if pid := os.fork(): return pid
     try: _become(command, marks, guard_pid, niceness, group)
-    except BaseException as error: os.write(2, f"gausssafe: cannot run {command[0]}: {error}\n".encode())
+    except BaseException as error: _say(f"cannot run {command[0]}: {error}")
     finally: os._exit(127)
 
 # %% ../nbs/60_guard.ipynb #5c158be3
-def _send(target, what, send=os.kill):
-    "Send to somebody who may be gone"
-    with suppress(OSError): send(target, what)
-
-
 def _freeze(tree):
     "Stop all of a tree; its processes by pid"
     stopped = set()
@@ -572,7 +585,7 @@ def _write_json(path, content):
     try:
         _write(f"{path}.tmp", json.dumps(content))
         os.replace(f"{path}.tmp", path)
-    except OSError as error: os.write(2, f"gausssafe: cannot write {path}: {error}\n".encode())
+    except OSError as error: _say(f"cannot write {path}: {error}")
 
 
 def _remove_private(folder):
@@ -639,7 +652,7 @@ def _make_group(spec):
         group = Cgroup(parent, f"gausssafe-{spec.run_id}", spec.limit_bytes)
         if group.lets_in(): return group
         group.remove()
-    except OSError as error: os.write(2, f"gausssafe: no control group of our own: {error}\n".encode())
+    except OSError as error: _say(f"no control group of our own: {error}")
 
 # %% ../nbs/60_guard.ipynb #590160cc
 class Watch:

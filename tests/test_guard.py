@@ -389,7 +389,9 @@ def test_cgroup_tier_against_a_played_system(tmp_path, oom, capfd):
         if not oom: process.terminate()
 
     spec = GuardSpec("played", 100_000_000, status_path=str(tmp_path / "status.json"), cgroup=str(tmp_path))
-    process = subprocess.Popen([*guard_command(spec), "sleep", "300"], stdin=subprocess.PIPE)
+    segment = f"gausssafe-test-{uuid.uuid4().hex}"
+    process = subprocess.Popen([*guard_command(spec), *python(SEGMENT, segment, 300)], stdin=subprocess.PIPE)
+    wait_for(Path("/dev/shm", segment).exists)
     player = threading.Thread(target=play_the_system, args=(tmp_path, stop, [20_000_000, 90_000_000, 60_000_000]))
     player.start()
     player.join()
@@ -397,6 +399,7 @@ def test_cgroup_tier_against_a_played_system(tmp_path, oom, capfd):
     process.stdin.close()
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["containment"], status["reason"]) == ("cgroup2", "memory" if oom else "terminated")
+    assert status["shared_memory"] == [segment]
     assert status["peak_bytes"] == 90_000_000 and max(n for _, n in status["samples"]) == 90_000_000
     assert ended[0]["memory.max"] == "100000000" and ended[0]["memory.oom.group"] == "1" and ended[0]["memory.high"] == "max"
     assert next(tmp_path.glob("gausssafe-*/cgroup.kill")).read_text() == "1"
