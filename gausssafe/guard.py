@@ -612,7 +612,7 @@ def _end_tree(tree, record, shared, kernel_pid):
     grace_s = time.monotonic() + (0.1 if record.reason == "exited" else 0)
     while time.monotonic() < grace_s and _reap(record, kernel_pid): time.sleep(0.005)
     began_s, there = time.monotonic(), _freeze(tree)
-    if there: record.sample(tree.read(exact=True))
+    if there: record.sample(tree.read(exact=len(there) <= 64))  # PSS of a thousand takes seconds, and they shall go now
     record.high_water(high_water_bytes(kernel_pid) if kernel_pid in there else 0)
     record.leaked = [{"pid": p.pid, "rss_bytes": p.rss_bytes, "command": command_line(p.pid)} for p in there.values() if p.pid != kernel_pid]
     record.cells.end(record.now_s(), record.used_bytes, record.kernel_hwm_bytes)
@@ -716,6 +716,7 @@ class Guard(Watch):
         if word == "signal": return _send(self.kernel_pid, int(number), os.killpg)
         self.look()
         state = (self.record.now_s(), self.record.used_bytes, high_water_bytes(self.kernel_pid))
+        self.record.high_water(state[-1])
         if word == "cell": self.record.cells.begin(int(number), *state)
         if word == "end": self.record.cells.end(*state)
         if self.spec.answer_fd is not None: _send(self.spec.answer_fd, b".", os.write)

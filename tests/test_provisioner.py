@@ -23,6 +23,7 @@ from nbclient import NotebookClient
 
 from gausssafe import provisioner as module
 from gausssafe.errors import InvalidInput
+from gausssafe.memory import read_memory
 from gausssafe.provisioner import effective_limit_bytes, guard_kernel, install_kernel, list_kernels, remove_kernel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard's full strength is Linux")
@@ -259,12 +260,13 @@ def test_async_manager():
 
 
 def test_nested_limit_is_what_is_left(monkeypatch):
-    monkeypatch.setenv("GAUSSSAFE_LIMIT_BYTES", "500000000")
+    limit_bytes = read_memory(os.getppid()).tree_bytes + 2_000_000_000  # The tests beside us, in the same tree, grow and shrink
+    monkeypatch.setenv("GAUSSSAFE_LIMIT_BYTES", str(limit_bytes))
     monkeypatch.setenv("GAUSSSAFE_GUARD_PID", str(os.getppid()))
-    assert 0 < effective_limit_bytes("2GB") < 500_000_000 and effective_limit_bytes("100kB") == 100_000
-    assert 0 < effective_limit_bytes(None) < 500_000_000
+    assert 0 < effective_limit_bytes(100 * limit_bytes) < limit_bytes and effective_limit_bytes("100kB") == 100_000
+    assert 0 < effective_limit_bytes(None) < limit_bytes
     monkeypatch.setenv("GAUSSSAFE_GUARD_PID", "4194305")  # an outer guard that is gone
-    assert effective_limit_bytes("2GB") == 500_000_000
+    assert effective_limit_bytes(100 * limit_bytes) == limit_bytes
 
 
 @pytest.fixture
