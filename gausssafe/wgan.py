@@ -356,7 +356,8 @@ class WGANResult:
         samples = {f"epoch_{epoch}": x for epoch, x in self.samples.items()}
         weights = {} if self.weights_before is None else {"weights_before": self.weights_before, "weights_after": self.weights_after}
         _write(folder / "samples.npz", lambda file: np.savez_compressed(file, target=self.target, **samples, **weights))
-        _write(folder / "results.json", lambda file: file.write(json.dumps(_plain(self._record() | {"answer": answer}), indent=1, allow_nan=False).encode()))
+        text = json.dumps(_plain(self._record() | {"answer": answer}), indent=1, allow_nan=False)
+        _write(folder / "results.json", lambda file: file.write(text.encode()))
         return folder
 
     def _record(self):
