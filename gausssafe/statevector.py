@@ -488,12 +488,19 @@ class Saved:
 # %% ../nbs/18_statevector.ipynb #971d18a2
 class StateVector:
     "The general engine: forward and backward of a batch on the CPU"
-    name = "statevector"
+    name, wants_trig = "statevector", False
 
     def __init__(self, rotations: Rotations, per_slot_sample: tuple[bool, ...]):
         self.program, self.read = assemble(rotations, per_slot_sample), readout(rotations)
         self.shared, self.lanes = self.program.angles, self.program.lane_angles
         self.rows, self.pool = 1 << rotations.n_qubits, Pool()
+
+    def run(self, shared, lanes, tile, keep): return _run(self, shared, lanes, tile, keep)
+    def run_back(self, saved, grad, inputs_too): return _run_back(self, saved, grad, inputs_too)
+
+    def describe(self) -> str:
+        steps = self.program.steps[:, _KIND]
+        return f"states of {self.rows} amplitudes; {int((steps == TURN).sum())} shared and {int((steps == LANE_TURN).sum())} per-sample turns, {int((steps == PHASES).sum() + (steps == LANE_PHASE).sum())} diagonals"
 
     def lane_bytes(self, itemsize: int) -> int:
         "Bytes of one lane of the tile: state and cotangent, cosines and sines, results and slopes"
