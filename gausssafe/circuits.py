@@ -17,89 +17,51 @@ import torch
 
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from .heisenberg import Heisenberg, expand
-from .rotations import rotations_of
+from .rotations import AngleTable, entries_of, rotations_of
 from .statevector import StateVector, channels_from, results_from
-from .trace import Angle, Circuit, trace
+from .trace import Circuit, trace
 from .units import format_bytes, parse_bytes
-
-# %% ../nbs/22_circuits.ipynb #88c77f7c
-class _AngleTable:
-    "Angles of an engine from a vector (or matrix) of entries, and the way back for slopes"
-
-    def __init__(self, angles: tuple[Angle, ...], entries: list[tuple]):
-        rows = [(0, 0.0, a.shift, False) if a.slot is None else self._row(a, *entries[a.slot]) for a in angles]
-        column = lambda i, kind: np.array([row[i] for row in rows], dtype=kind)
-        self.entry, self.scale, self.shift, self.arcsin = column(0, np.int64), column(1, float), column(2, float), column(3, bool)
-        self.has_arcsin = bool(self.arcsin.any())
-        self.plain_arcsin = bool(self.arcsin.all() and (self.scale == 1).all() and (self.shift == 0).all())
-
-    @staticmethod
-    def _row(angle, entry, scale, shift, arcsin): return entry, angle.scale * scale, angle.scale * shift + angle.shift, arcsin
-
-    def angles(self, values):
-        "(n_angles, ...) from (n_entries, ...)"
-        picked = values[self.entry]
-        if self.has_arcsin: picked[self.arcsin] = np.arcsin(picked[self.arcsin])
-        shape = (-1,) + (1,) * (picked.ndim - 1)
-        return picked * self.scale.astype(picked.dtype).reshape(shape) + self.shift.astype(picked.dtype).reshape(shape)
-
-    def trig(self, values):
-        "(cosines, sines) of the angles; the sine of an arcsine needs no function"
-        if not self.plain_arcsin: angles = self.angles(values); return np.cos(angles), np.sin(angles)
-        sines = values[self.entry]
-        return np.sqrt(1 - sines * sines), sines
-
-    def slopes(self, values, slopes):
-        "(n_entries, ...) from slopes of the angles"
-        slopes = slopes * self.scale.astype(slopes.dtype).reshape((-1,) + (1,) * (slopes.ndim - 1))
-        if self.has_arcsin: slopes[self.arcsin] /= np.sqrt(1 - values[self.entry[self.arcsin]] ** 2)
-        out = np.zeros((values.shape[0], *slopes.shape[1:]), slopes.dtype)
-        np.add.at(out, self.entry, slopes)
-        return out
-
-# %% ../nbs/22_circuits.ipynb #d344447a
-def _entries(circuit: Circuit):
-    "For every slot (entry, scale, shift, arcsin): its place among the shared or per-sample entries"
-    offsets, totals = {}, {True: 0, False: 0}
-    for name, shape in circuit.shapes.items():
-        sample = name in circuit.per_sample
-        offsets[name] = totals[sample]
-        totals[sample] += math.prod(shape)
-    entries = []
-    for recipe, sample in zip(circuit.recipes, circuit.per_slot_sample, strict=True):
-        if recipe is not None: entries.append((offsets[recipe.source] + int(recipe.index), float(recipe.scale), float(recipe.shift), recipe.arcsin))
-        else: entries.append((totals[sample], 1.0, 0.0, False)); totals[sample] += 1
-    return entries
 
 # %% ../nbs/22_circuits.ipynb #6ccf0b60
 class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, samples, shared):
-        values, numbers = samples.numpy().T, shared.numpy()
         needs_grad = samples.requires_grad or shared.requires_grad
-        results, ctx.saved = plan._forward(values, numbers, needs_grad)
-        ctx.plan, ctx.inputs = plan, (values, numbers)
-        return torch.from_numpy(results).T
+        results, saved = plan._forward(samples.detach().numpy().T, shared.detach().numpy(), needs_grad)
+        ctx.plan, ctx.saved = plan, saved
+        return torch.from_numpy(results).T, saved.fine
 
     @staticmethod
-    def backward(ctx, grad):
-        wanted = ctx.needs_input_grad[1:]
-        samples, shared = ctx.plan._backward(ctx.saved, *ctx.inputs, grad.numpy().T, *wanted)
-        return None, samples, shared
+    def backward(ctx, grad, _): return (_slopes_once if torch.is_grad_enabled() else _slopes)(ctx, grad)
+
+
+def _slopes(ctx, grad, _=None):
+    samples_too, shared_too = ctx.needs_input_grad[1:]
+    shared, samples = ctx.plan._backward(ctx.saved, grad.numpy().T, samples_too)
+    return None, torch.from_numpy(samples).T if samples_too else None, torch.from_numpy(shared) if shared_too else None
+
+
+_slopes_once = torch.autograd.function.once_differentiable(_slopes)  # a second derivative is an error, not a wrong number
 
 # %% ../nbs/22_circuits.ipynb #2487475b
+def _limits(circuit, latents, batched):
+    "The largest magnitude each entry may have"
+    largest = float(np.finfo(np.float64).max)
+    names = [name for name in circuit.shapes if (name in circuit.per_sample) == batched]
+    tangled = sum(r is None and s == batched for r, s in zip(circuit.recipes, circuit.per_slot_sample, strict=True))
+    return np.concatenate([np.full(math.prod(circuit.shapes[name]), 1.0 if name in latents else largest) for name in names] + [np.full(tangled, largest)])
+
+# %% ../nbs/22_circuits.ipynb #776713cd
 def _check_finite(name, tensor):
-    if not math.isfinite(tensor.sum()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad: raise NotFinite(what=name, n_bad=bad, n_total=tensor.numel())
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad: raise NotFinite(what=name, n_bad=bad, n_total=tensor.numel())
 
 
 def _check_latents(name, tensor):
-    if tensor.numel() and not (float(tensor.min()) >= -1 and float(tensor.max()) <= 1):
-        outside = int((tensor.abs() > 1).sum())
-        if outside:
-            raise InvalidInput(f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.3g}), "
-                               "and the circuit takes their arcsine. Scale or clamp them first.")
+    outside = int((tensor.abs() > 1).sum())
+    if outside:
+        raise InvalidInput(f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.3g}), "
+                           "and the circuit takes their arcsine. Scale or clamp them first.")
 
 
 def _check_shape(name, tensor, shape, batched):
@@ -133,11 +95,12 @@ class ExecutionPlan:
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, _choose(circuit, engine)
-        entries = _entries(circuit)
-        self._shared, self._lanes = _AngleTable(self._engine.shared, entries), _AngleTable(self._engine.lanes, entries)
+        entries = entries_of(circuit)
+        self._tables = AngleTable(self._engine.shared, entries), AngleTable(self._engine.lanes, entries)
         self._kinds = tuple(m.kind for m in circuit.measurements)
         self._batched = {name: name in circuit.per_sample for name in circuit.shapes}
         self._latents = {r.source for r in circuit.recipes if r is not None and r.arcsin}
+        self._limits = _limits(circuit, self._latents, True), _limits(circuit, self._latents, False)
         self.n_results = self._engine.read.rows[-1][1]
 
     @property
@@ -152,16 +115,27 @@ class ExecutionPlan:
         "Run the circuit on a batch; differentiable in every argument"
         self._check(arguments)
         samples, shared = self._gather(arguments)
-        device = samples.device
-        return _Evaluate.apply(self, samples.cpu(), shared.cpu().to(samples.dtype)).to(device)
+        if samples.is_cpu and shared.dtype == samples.dtype: return self._apply(arguments, samples, shared)
+        return self._apply(arguments, samples.cpu(), shared.to("cpu", samples.dtype)).to(samples.device)
+
+    def _apply(self, arguments, samples, shared):
+        results, fine = _Evaluate.apply(self, samples, shared)
+        if not fine: self._complain(arguments)
+        return results
 
 # %% ../nbs/22_circuits.ipynb #bda5c481
 def _check(self, arguments):
     if arguments.keys() != self._batched.keys(): raise InvalidInput(f"the circuit takes {', '.join(self._batched)}; it was given {', '.join(arguments) or 'nothing'}.")
     for name, tensor in arguments.items():
         _check_shape(name, tensor, self.circuit.shapes[name], self._batched[name])
-        if name in self._latents: _check_latents(name, tensor)
+
+
+def _complain(self, arguments):
+    "An engine met a number that cannot be: find it and say so"
+    for name, tensor in arguments.items():
         _check_finite(name, tensor)
+        if name in self._latents: _check_latents(name, tensor)
+    raise NotFinite(what="the circuit's angles", n_bad=1, n_total=len(self.circuit.recipes))
 
 
 def _join(parts, like, shape):
@@ -190,7 +164,7 @@ def _tangle(self, arguments, batch, flat, single):
     for value, sample in zip(found, kinds, strict=True): (flat if sample else single).append(value.reshape(batch, 1) if sample else value.reshape(1))
 
 
-for _method in (_check, _gather, _tangle): setattr(ExecutionPlan, _method.__name__, _method)
+for _method in (_check, _complain, _gather, _tangle): setattr(ExecutionPlan, _method.__name__, _method)
 
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
 def _layout(self, batch, itemsize, needs_grad):
@@ -212,19 +186,13 @@ def _refuse(self, batch, itemsize):
 
 def _forward(self, values, numbers, needs_grad):
     tile, keep = self._layout(values.shape[1], values.dtype.itemsize, needs_grad)
-    numbers = numbers.astype(np.float64)
-    if self._engine.wants_trig: shared, lanes = np.stack(self._shared.trig(numbers)), self._lanes.trig(values)
-    else: shared, lanes = self._shared.angles(numbers), self._lanes.angles(values)
-    channels, saved = self._engine.run(shared, lanes, tile, keep)
+    channels, saved = self._engine.run(self._tables, self._limits, values, numbers, tile, keep)
     return results_from(self._engine.read, self._kinds, channels), saved
 
 
-def _backward(self, saved, values, numbers, grad, samples_too, shared_too):
-    grad = np.ascontiguousarray(grad, dtype=values.dtype)
-    shared, lanes = self._engine.run_back(saved, channels_from(self._engine.read, self._kinds, grad), samples_too)
-    of_samples = torch.from_numpy(self._lanes.slopes(values, lanes)).T if samples_too else None
-    of_shared = torch.from_numpy(self._shared.slopes(numbers, shared).astype(numbers.dtype)) if shared_too else None
-    return of_samples, of_shared
+def _backward(self, saved, grad, samples_too):
+    grad = np.ascontiguousarray(grad, dtype=saved.values.dtype)
+    return self._engine.run_back(saved, channels_from(self._engine.read, self._kinds, grad), samples_too)
 
 
 def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['walked', 'Walk', 'Expansion', 'expand', 'WordProgram', 'assemble_words', 'walk_words', 'walk_back', 'monomials_of',
-           'words_forward', 'words_backward', 'Heisenberg']
+           'words_forward', 'words_backward', 'trig_of', 'words_call', 'words_call_back', 'Heisenberg']
 
 # %% ../nbs/19_heisenberg.ipynb #f4ac404f
+import math
 import weakref
 from dataclasses import dataclass
 
 import numba
 import numpy as np
 
-from .rotations import Rotation, Rotations, parity, without_controls
-from .statevector import Pool, Saved, readout
+from .rotations import AngleTable, Rotation, Rotations, parity, without_controls
+from .statevector import Pool, Saved, all_fine, readout
 
 # %% ../nbs/19_heisenberg.ipynb #eee61036
 def walked(word: tuple[int, int], rotation: Rotation) -> tuple[tuple[int, int], int] | None:
@@ -307,9 +308,65 @@ def words_backward(turns, monomials, entries, trig, cosines, sines, weights, blo
         _back_to_angles(turns, monomials, trig, cosines, sines, first, bloch, phi, dbloch, dphi, c, s, lane_slope, slopes)
 
 # %% ../nbs/19_heisenberg.ipynb #40eb08a6
+@_jit
+def trig_of(values, entry, scale, shift, arcsin, cosines, sines):
+    "Cosines and sines (n_angles, batch) of angles `scale f(values[entry]) + shift`"
+    for k in range(entry.size):
+        if scale[k] == 0:
+            cosines[k], sines[k] = math.cos(shift[k]), math.sin(shift[k])
+            continue
+        source = values[entry[k]]
+        short = arcsin[k] and abs(scale[k]) == 1 and shift[k] == 0
+        for b in range(source.size):
+            v = source[b]
+            if short: cosines[k, b], sines[k, b] = math.sqrt(max(1 - v * v, v * 0)), scale[k] * v
+            else:
+                angle = scale[k] * (math.asin(v) if arcsin[k] else v) + shift[k]
+                cosines[k, b], sines[k, b] = math.cos(angle), math.sin(angle)
+
+
+@_jit
+def _scatter(values, entry, scale, arcsin, slopes, out):
+    "Slopes of entries from slopes of angles"
+    out[:] = 0
+    for k in range(entry.size):
+        if scale[k] == 0: continue
+        for b in range(out.shape[1]):
+            v = values[entry[k], b]
+            out[entry[k], b] += scale[k] * slopes[k, b] / (math.sqrt(1 - v * v) if arcsin[k] else 1.0)
+
+# %% ../nbs/19_heisenberg.ipynb #46fb1c11
+@_jit
+def words_call(numbers, values, limits, number_limits, shared, lanes, words, samples, w, out):
+    "Everything from arguments to results; the tuples are tables, program and workspace"
+    vector, weights64, weights, trig, cosines, sines, bloch, phi, c, s, tile_out = w
+    fine = all_fine(values, numbers[:, 0], limits, number_limits)
+    if not fine: return False
+    trig_of(numbers, shared[0], shared[1], shared[2], shared[3], trig[0], trig[1])
+    trig_of(values, lanes[0], lanes[1], lanes[2], lanes[3], cosines, sines)
+    walk_words(words[0], words[1], words[2], trig[:, :, 0], words[3], words[4], vector, weights64)
+    weights[:] = weights64
+    words_forward(samples[0], samples[1], samples[2], trig[:, :, 0], cosines, sines, weights, bloch, phi, c, s, tile_out, out)
+    return True
+
+
+@_jit
+def words_call_back(numbers, values, shared, lanes, words, samples, w, b, grad, too, shared_too, of_numbers, of_values):
+    "Everything from the cotangent of the results to that of the arguments"
+    vector, weights64, weights, trig, cosines, sines, bloch, phi, c, s, tile_out = w
+    walked_back, slope_of, grad_weights, slopes, dbloch, dphi, lane_slope = b
+    lane_slope = lane_slope if too else lane_slope[:0]
+    words_backward(samples[0], samples[1], samples[2], trig[:, :, 0], cosines, sines, weights, bloch, phi, dbloch, dphi, c, s, tile_out, grad,
+                   too or shared_too, grad_weights, lane_slope, slopes[:, 0])
+    walked_back[:] = vector
+    walk_back(words[1], words[2], trig[:, :, 0], words[3], words[4], walked_back, slope_of, grad_weights, slopes[:, 0])
+    _scatter(numbers, shared[0], shared[1], shared[3], slopes, of_numbers)
+    if too: _scatter(values, lanes[0], lanes[1], lanes[3], lane_slope, of_values)
+
+# %% ../nbs/19_heisenberg.ipynb #f519ffac
 class Heisenberg:
     "Engine for shallow circuits: C(w) by walking words, Phi(x) by products"
-    name, wants_trig = "heisenberg", True
+    name = "heisenberg"
 
     def __init__(self, rotations: Rotations, per_slot_sample: tuple[bool, ...]):
         expansion = expand(rotations, per_slot_sample)
@@ -317,14 +374,16 @@ class Heisenberg:
         self.read, self.program = readout(rotations), assemble_words(expansion, rotations.n_qubits)
         self.shared, self.lanes, self.pool = expansion.angles, expansion.lane_angles, Pool()
         self.shared_preparation = bool((self.program.turns[:, 3] == 0).any())
+        p = self.program
+        self.words, self.samples = (p.starts, p.couples, p.signs, p.terms, p.term_signs), (p.turns, p.monomials, p.entries)
 
     def describe(self) -> str:
         p = self.program
         return f"{p.n_slots} Pauli words, {len(p.couples)} couples turned once a call; {len(p.monomials)} monomials and {len(p.entries)} products a sample"
 
-    def fixed_bytes(self, itemsize: int) -> int: return 8 * (2 * self.program.n_slots + 3 * len(self.shared)) + (8 + itemsize) * len(self.program.entries)
-    def lane_bytes(self, itemsize: int) -> int: return itemsize * (6 * self.program.n_groups + 2 * len(self.program.monomials) + 2 + 2 * self.read.n_channels)
-    def batch_bytes(self, itemsize: int) -> int: return itemsize * (5 * len(self.lanes) + (0 if self.read.plain else 2) * self.read.n_channels)
+    def fixed_bytes(self, itemsize: int) -> int: return 8 * (3 * self.program.n_slots + 3 * len(self.shared)) + (16 + itemsize) * len(self.program.entries)
+    def lane_bytes(self, itemsize: int) -> int: return itemsize * (6 * self.program.n_groups + 2 * len(self.program.monomials) + 2 + self.read.n_channels)
+    def batch_bytes(self, itemsize: int) -> int: return itemsize * (3 * len(self.lanes) + (0 if self.read.plain else 2) * self.read.n_channels)
 
     def tile(self, batch: int, itemsize: int, limit_bytes: int | None = None) -> int:
         "Lanes at a time: 128, fewer if the limit is tight; 0 if nothing fits"
@@ -337,35 +396,36 @@ class Heisenberg:
         "Logical bytes beyond inputs and outputs"
         return self.fixed_bytes(itemsize) + batch * self.batch_bytes(itemsize) + tile * self.lane_bytes(itemsize)
 
-    def run(self, trig, lanes, tile, keep): return _run_words(self, trig, lanes, tile)
-    def run_back(self, saved, grad, inputs_too): return _run_words_back(self, saved, grad, inputs_too)
+    def run(self, tables, limits, values, numbers, tile, keep): return _run_words(self, tables, limits, values, numbers, tile)
+    def run_back(self, saved, grad, values_too): return _run_words_back(self, saved, grad, values_too)
 
-# %% ../nbs/19_heisenberg.ipynb #46fb1c11
-def _word_workspace(engine, dtype, tile):
-    p, new = engine.program, lambda *shape: np.empty(shape, dtype)
-    return dict(vector=np.empty(p.n_slots), slope_of=np.empty(p.n_slots), weights64=np.empty(len(p.entries)), grad_weights=np.empty(len(p.entries)),
-                slopes=np.empty(len(engine.shared)), bloch=new(3 * p.n_groups, tile), phi=new(len(p.monomials), tile), dbloch=new(3 * p.n_groups, tile),
-                dphi=new(len(p.monomials), tile), c=new(tile), s=new(tile), tile_out=new(engine.read.n_channels, tile), tile_grad=new(engine.read.n_channels, tile))
+# %% ../nbs/19_heisenberg.ipynb #74883f60
+def _word_workspace(engine, batch, dtype, tile):
+    "Arrays for (forward and backward, backward only)"
+    p, k, n_lanes, channels = engine.program, len(engine.shared), len(engine.lanes), engine.read.n_channels
+    new, new64 = lambda *shape: np.empty(shape, dtype), np.empty
+    both = (new64(p.n_slots), new64(len(p.entries)), new(len(p.entries)), new64((2, k, 1)), new(n_lanes, batch), new(n_lanes, batch), new(3 * p.n_groups, tile),
+            new(len(p.monomials), tile), new(tile), new(tile), new(channels, tile))
+    back = (new64(p.n_slots), new64(p.n_slots), new64(len(p.entries)), new64((k, 1)), new(3 * p.n_groups, tile), new(len(p.monomials), tile), new(n_lanes, batch))
+    return both, back
 
 
-def _run_words(engine, trig, lanes, tile):
-    p, (cosines, sines) = engine.program, lanes
-    key = (cosines.dtype, tile)
-    w = engine.pool.take(key, lambda: _word_workspace(engine, cosines.dtype, tile))
-    walk_words(p.starts, p.couples, p.signs, trig, p.terms, p.term_signs, w["vector"], w["weights64"])
-    out = np.empty((engine.read.n_channels, cosines.shape[1]), cosines.dtype)
-    weights = w["weights64"].astype(cosines.dtype)
-    words_forward(p.turns, p.monomials, p.entries, trig, cosines, sines, weights, w["bloch"], w["phi"], w["c"], w["s"], w["tile_out"], out)
-    saved = Saved(w, (trig, cosines, sines, weights), False, cosines.shape[1])
-    weakref.finalize(saved, engine.pool.give, key, w)
+def _table(table): return table.entry, table.scale, table.shift, table.arcsin
+
+
+def _run_words(engine, tables, limits, values, numbers, tile):
+    key = (values.shape[1], values.dtype, tile)
+    work = engine.pool.take(key, lambda: _word_workspace(engine, values.shape[1], values.dtype, tile))
+    out = np.empty((engine.read.n_channels, values.shape[1]), values.dtype)
+    fine = words_call(numbers[:, None], values, *limits, _table(tables[0]), _table(tables[1]), engine.words, engine.samples, work[0], out)
+    saved = Saved(work, tables, values, numbers, False, fine)
+    weakref.finalize(saved, engine.pool.give, key, work)
     return out, saved
 
 
-def _run_words_back(engine, saved, grad, inputs_too):
-    p, w, (trig, cosines, sines, weights) = engine.program, saved.work, saved.angles
-    lane_slope = np.empty((len(engine.lanes) if inputs_too else 0, saved.batch), grad.dtype)
-    words_backward(p.turns, p.monomials, p.entries, trig, cosines, sines, weights, w["bloch"], w["phi"], w["dbloch"], w["dphi"], w["c"], w["s"], w["tile_grad"], grad,
-                   inputs_too or engine.shared_preparation, w["grad_weights"], lane_slope, w["slopes"])
-    vector = w["vector"].copy()
-    walk_back(p.couples, p.signs, trig, p.terms, p.term_signs, vector, w["slope_of"], w["grad_weights"], w["slopes"])
-    return w["slopes"], lane_slope
+def _run_words_back(engine, saved, grad, values_too):
+    shared, lanes = saved.tables
+    of_numbers, of_values = np.empty((saved.numbers.size, 1), grad.dtype), np.empty(saved.values.shape if values_too else (0, 0), grad.dtype)
+    words_call_back(saved.numbers[:, None], saved.values, _table(shared), _table(lanes), engine.words, engine.samples, *saved.work, grad, values_too,
+                    engine.shared_preparation, of_numbers, of_values)
+    return of_numbers[:, 0], of_values if values_too else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHASES', 'TURN', 'LANE_PHASE', 'LANE_TURN', 'Program', 'assemble', 'phase_tables', 'run_tile', 'measure_tile',
            'cotangent_tile', 'back_tile', 'phase_slopes', 'forward', 'backward', 'Readout', 'readout', 'results_from',
-           'channels_from', 'Pool', 'Saved', 'StateVector']
+           'channels_from', 'Pool', 'Saved', 'all_fine', 'StateVector']
 
 # %% ../nbs/18_statevector.ipynb #158d4007
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from .rotations import Rotation, Rotations
+from .rotations import AngleTable, Rotation, Rotations
 
 # %% ../nbs/18_statevector.ipynb #bb6c6f06
 _jit = numba.njit(cache=__name__ != "__main__", nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy")
@@ -50,49 +50,66 @@ def _turn(a, b, c, s):
 def _turn_lanes(a, b, c, s, sign):
     lanes = c.size
     for row in range(0, a.size, lanes):
+        a_row, b_row = a[row:row + lanes], b[row:row + lanes]
         for i in range(lanes):
-            old = a[row + i]
-            a[row + i] = c[i] * old - sign * s[i] * b[row + i]
-            b[row + i] = sign * s[i] * old + c[i] * b[row + i]
+            old, sine = a_row[i], sign * s[i]
+            a_row[i] = c[i] * old - sine * b_row[i]
+            b_row[i] = sine * old + c[i] * b_row[i]
 
 
 @_jit
 def _phase(row, c, s):
     half = row.size // 2
+    re, im = row[:half], row[half:]
     for i in range(half):
-        old = row[i]
-        row[i] = c * old - s * row[half + i]
-        row[half + i] = s * old + c * row[half + i]
+        old = re[i]
+        re[i] = c * old - s * im[i]
+        im[i] = s * old + c * im[i]
 
 
 @_jit
 def _phase_lanes(row, c, s, sign):
     half = row.size // 2
+    re, im = row[:half], row[half:]
     for i in range(half):
-        old = row[i]
-        row[i] = c[i] * old + sign * s[i] * row[half + i]
-        row[half + i] = c[i] * row[half + i] - sign * s[i] * old
+        old, sine = re[i], sign * s[i]
+        re[i] = c[i] * old + sine * im[i]
+        im[i] = c[i] * im[i] - sine * old
 
 # %% ../nbs/18_statevector.ipynb #785e740c
 @_jit
-def _unturn(a, b, la, lb, c, s, into, sign):
-    lanes = into.size
+def _unturn(a, b, la, lb, c, s):
+    slope = a.dtype.type(0)
+    for i in range(a.size):
+        x, y, u, v = a[i], b[i], la[i], lb[i]
+        slope += v * x - u * y
+        a[i] = c * x + s * y
+        b[i] = c * y - s * x
+        la[i] = c * u + s * v
+        lb[i] = c * v - s * u
+    return slope
+
+
+@_jit
+def _unturn_lanes(a, b, la, lb, c, s, sign, slopes):
+    lanes = c.size
     for row in range(0, a.size, lanes):
+        a_row, b_row, la_row, lb_row = a[row:row + lanes], b[row:row + lanes], la[row:row + lanes], lb[row:row + lanes]
         for i in range(lanes):
-            k = row + i
-            into[i] += sign * (lb[k] * a[k] - la[k] * b[k])
-            old, lold = a[k], la[k]
-            a[k] = c[i] * old + sign * s[i] * b[k]
-            b[k] = c[i] * b[k] - sign * s[i] * old
-            la[k] = c[i] * lold + sign * s[i] * lb[k]
-            lb[k] = c[i] * lb[k] - sign * s[i] * lold
+            x, y, u, v, sine = a_row[i], b_row[i], la_row[i], lb_row[i], sign * s[i]
+            slopes[i] += sign * (v * x - u * y)
+            a_row[i] = c[i] * x + sine * y
+            b_row[i] = c[i] * y - sine * x
+            la_row[i] = c[i] * u + sine * v
+            lb_row[i] = c[i] * v - sine * u
 
 
 @_jit
 def _phase_slope(row, lam):
     half = row.size // 2
     slope = row.dtype.type(0)
-    for i in range(half): slope += lam[half + i] * row[i] - lam[i] * row[half + i]
+    re, im, lre, lim = row[:half], row[half:], lam[:half], lam[half:]
+    for i in range(half): slope += lim[i] * re[i] - lre[i] * im[i]
     return slope
 
 # %% ../nbs/18_statevector.ipynb #5c4a2679
@@ -228,10 +245,11 @@ def run_tile(psi, steps, masks, values, turns, tables, lane_cos, lane_sin):
 def _pair_product(row, other, odd, into, factor):
     "into += factor Re(conj(other) i^odd row), lane by lane"
     half = row.size // 2
+    re, im, other_re, other_im = row[:half], row[half:], other[:half], other[half:]
     if odd:
-        for i in range(half): into[i] -= factor * (other[i] * row[half + i] - other[half + i] * row[i])
+        for i in range(half): into[i] -= factor * (other_re[i] * im[i] - other_im[i] * re[i])
     else:
-        for i in range(half): into[i] += factor * (other[i] * row[i] + other[half + i] * row[half + i])
+        for i in range(half): into[i] += factor * (other_re[i] * re[i] + other_im[i] * im[i])
 
 
 @_jit
@@ -257,14 +275,10 @@ def measure_tile(psi, words, n_diagonal, places, out):
 def _scaled(lam, row, odd, factor):
     "lam += i^odd factor row, lane by lane"
     half = row.size // 2
-    if odd:
-        for i in range(half):
-            lam[i] -= factor[i] * row[half + i]
-            lam[half + i] += factor[i] * row[i]
-    else:
-        for i in range(half):
-            lam[i] += factor[i] * row[i]
-            lam[half + i] += factor[i] * row[half + i]
+    re, im, lre, lim = row[:half], row[half:], lam[:half], lam[half:]
+    for i in range(half):
+        lre[i] += factor[i] * (-im[i] if odd else re[i])
+        lim[i] += factor[i] * (re[i] if odd else im[i])
 
 
 @_jit
@@ -287,16 +301,19 @@ def cotangent_tile(psi, lam, words, n_diagonal, places, grad):
 
 # %% ../nbs/18_statevector.ipynb #02bdd3c0
 @_jit
-def _back_turn(psi, lam, step, masks, values, c, s, slopes):
-    lanes, x, run = psi.shape[1], step[1], step[7]
-    flat, flam = psi.reshape(-1), lam.reshape(-1)
-    slopes[:] = 0
-    for p in range(0, step[8], run):
+def _back_turn(psi, lam, step, masks, values, c, s, c_lane, s_lane, slopes):
+    "Undo a turn; the slope of a shared angle is returned, those of per-sample angles go to `slopes`"
+    lanes, x, end = psi.shape[1], step[1], step[7] * psi.shape[1]
+    flat, flam, total = psi.reshape(-1), lam.reshape(-1), 0.0
+    for p in range(0, step[8], step[7]):
         q = p ^ x
         if q < p or _closed(p, masks, values, step[3], step[4]): continue
         sign = psi.dtype.type(1 - 2 * _odd(p & step[2]))
-        a, b, end = p * lanes, q * lanes, run * lanes
-        _unturn(flat[a:a + end], flat[b:b + end], flam[a:a + end], flam[b:b + end], c, s, slopes, sign)
+        a, b = p * lanes, q * lanes
+        rows = (flat[a:a + end], flat[b:b + end], flam[a:a + end], flam[b:b + end])
+        if step[0] == 1: total += sign * _unturn(rows[0], rows[1], rows[2], rows[3], c, sign * s)
+        else: _unturn_lanes(rows[0], rows[1], rows[2], rows[3], c_lane, s_lane, sign, slopes)
+    return total
 
 
 @_jit
@@ -310,12 +327,12 @@ def _back_phases(psi, lam, step, table, table_slope):
 @_jit
 def _back_lane_phase(psi, lam, step, masks, values, c, s, slopes):
     half = psi.shape[1] // 2
-    slopes[:] = 0
     for p in range(step[8]):
         if _closed(p, masks, values, step[3], step[4]): continue
         sign = psi.dtype.type(1 - 2 * _odd(p & step[2]))
         row, lrow = psi[p], lam[p]
-        for i in range(half): slopes[i] -= sign * (lrow[half + i] * row[i] - lrow[i] * row[half + i])
+        re, im, lre, lim = row[:half], row[half:], lrow[:half], lrow[half:]
+        for i in range(half): slopes[i] -= sign * (lim[i] * re[i] - lre[i] * im[i])
         _phase_lanes(row, c, s, -sign)
         _phase_lanes(lrow, c, s, -sign)
 
@@ -323,18 +340,15 @@ def _back_lane_phase(psi, lam, step, masks, values, c, s, slopes):
 @_jit
 def back_tile(psi, lam, steps, first, masks, values, turns, tables, lane_cos, lane_sin, shared_slope, table_slope, lane_slope):
     "Undo the steps down to `first` on state and cotangent, adding up all slopes"
-    lanes = psi.shape[1]
-    half = lanes // 2
-    c, s, slopes = np.empty(lanes, psi.dtype), np.empty(lanes, psi.dtype), np.empty(lanes, psi.dtype)
+    half = psi.shape[1] // 2
+    one, slopes = psi.dtype.type(1), np.empty(2 * half, psi.dtype)
     for i in range(steps.shape[0] - 1, first - 1, -1):
         step, k = steps[i], steps[i, 5]
-        if step[0] == 1:
-            c[:], s[:] = turns[k, 0], turns[k, 1]
-            _back_turn(psi, lam, step, masks, values, c, s, slopes)
-            for j in range(lanes): shared_slope[k] += slopes[j]
+        slopes[:] = 0
+        if step[0] == 1: shared_slope[k] += _back_turn(psi, lam, step, masks, values, turns[k, 0], turns[k, 1], lane_cos[0], lane_sin[0], slopes)
         elif step[0] == 0: _back_phases(psi, lam, step, tables[step[6]], table_slope[step[6]])
         else:
-            if step[0] == 3: _back_turn(psi, lam, step, masks, values, lane_cos[k], lane_sin[k], slopes)
+            if step[0] == 3: _back_turn(psi, lam, step, masks, values, one, one, lane_cos[k], lane_sin[k], slopes)
             else: _back_lane_phase(psi, lam, step, masks, values, lane_cos[k], lane_sin[k], slopes)
             for j in range(half): lane_slope[k, j] = slopes[j] + (slopes[half + j] if step[0] == 3 else 0)
 
@@ -419,7 +433,8 @@ def _places(masks, n_qubits):
 
 def readout(rotations: Rotations) -> Readout:
     "Collect the channels of a circuit"
-    words = sorted({(w.x, w.z, w.odd) for ws in rotations.expvals if ws for w in ws}, key=lambda w: (w[0] != 0, w))
+    found = dict.fromkeys((w.x, w.z, w.odd) for ws in rotations.expvals if ws for w in ws)
+    words = sorted(found, key=lambda w: w[0] != 0)  # else in the order of the results
     expvals = [ws for ws in rotations.expvals if ws is not None]
     coefficients = np.zeros((len(expvals), len(words)))
     for row, ws in enumerate(expvals):
@@ -481,22 +496,34 @@ class Pool:
 class Saved:
     "What a forward pass leaves for the backward pass; its workspace goes home with it"
     work: dict
-    angles: np.ndarray
+    tables: tuple[AngleTable, AngleTable]  # of the shared and of the per-sample angles
+    values: np.ndarray  # (n_entries, batch)
+    numbers: np.ndarray  # (n_entries,)
     keep: bool
-    batch: int
+    fine: bool  # All arguments were finite, and latents within [-1, 1]
+
+
+@_jit
+def all_fine(values, numbers, value_limits, number_limits):
+    "Whether every magnitude is within the limit of its entry (NaN is not)"
+    fine = True
+    for e in range(values.shape[0]):
+        for b in range(values.shape[1]): fine &= abs(values[e, b]) <= value_limits[e]
+    for e in range(numbers.size): fine &= abs(numbers[e]) <= number_limits[e]
+    return fine
 
 # %% ../nbs/18_statevector.ipynb #971d18a2
 class StateVector:
     "The general engine: forward and backward of a batch on the CPU"
-    name, wants_trig = "statevector", False
+    name = "statevector"
 
     def __init__(self, rotations: Rotations, per_slot_sample: tuple[bool, ...]):
         self.program, self.read = assemble(rotations, per_slot_sample), readout(rotations)
         self.shared, self.lanes = self.program.angles, self.program.lane_angles
         self.rows, self.pool = 1 << rotations.n_qubits, Pool()
 
-    def run(self, shared, lanes, tile, keep): return _run(self, shared, lanes, tile, keep)
-    def run_back(self, saved, grad, inputs_too): return _run_back(self, saved, grad, inputs_too)
+    def run(self, tables, limits, values, numbers, tile, keep): return _run(self, tables, limits, values, numbers, tile, keep)
+    def run_back(self, saved, grad, values_too): return _run_back(self, saved, grad, values_too)
 
     def describe(self) -> str:
         steps = self.program.steps[:, _KIND]
@@ -539,29 +566,30 @@ def _workspace(engine, batch, dtype, tile, keep):
     return work
 
 
-def _run(engine, shared, lanes, tile, keep):
+def _run(engine, tables, limits, values, numbers, tile, keep):
     "Forward: (n_channels, batch) and what backward needs"
-    p, read, batch, dtype = engine.program, engine.read, lanes.shape[1], lanes.dtype
+    p, read, batch, dtype = engine.program, engine.read, values.shape[1], values.dtype
     key = (batch, dtype, tile, keep)
     work = engine.pool.take(key, lambda: _workspace(engine, batch, dtype, tile, keep))
-    half = 0.5 * shared
+    saved = Saved(work, tables, values, numbers, keep, all_fine(values, numbers, *limits))
+    weakref.finalize(saved, engine.pool.give, key, work)
+    half = 0.5 * tables[0].angles(numbers)
     work["turns"][:, 0], work["turns"][:, 1] = np.cos(half), np.sin(half)
-    np.multiply(lanes, 0.5, out=work["sines"])
+    work["sines"][:] = 0.5 * tables[1].angles(values)
     np.cos(work["sines"], out=work["cosines"])
     np.sin(work["sines"], out=work["sines"])
     out = np.empty((read.n_channels, batch), dtype)
     forward(work["states"], keep, p.steps, p.terms, p.masks, p.values, read.words, read.n_diagonal, read.places, half, work["turns"], work["tables"],
             work["cosines"], work["sines"], work["lane_cos"], work["lane_sin"], out, work["tile_out"])
-    saved = Saved(work, half, keep, batch)
-    weakref.finalize(saved, engine.pool.give, key, work)
     return out, saved
 
 
-def _run_back(engine, saved, grad, inputs_too):
-    "Backward: slopes of the shared angles (n,) and of the per-sample angles (n, batch)"
+def _run_back(engine, saved, grad, values_too):
+    "Backward: slopes of the numbers (n_entries,) and of the values (n_entries, batch)"
     p, read, w = engine.program, engine.read, saved.work
-    lane_slope = np.empty((len(p.lane_angles), saved.batch), grad.dtype)
-    backward(w["states"], saved.keep, w["psi"], w["lam"], grad, 0 if inputs_too else p.grad_from, p.steps, p.terms, p.masks, p.values, read.words, read.n_diagonal,
+    lane_slope = np.empty((len(p.lane_angles), grad.shape[1]), grad.dtype)
+    backward(w["states"], saved.keep, w["psi"], w["lam"], grad, 0 if values_too else p.grad_from, p.steps, p.terms, p.masks, p.values, read.words, read.n_diagonal,
              read.places, w["turns"], w["tables"], w["cosines"], w["sines"], w["lane_cos"], w["lane_sin"], w["tile_grad"], w["shared_slope"], w["table_slope"],
              lane_slope, w["tile_slope"])
-    return w["shared_slope"], lane_slope
+    of_values = saved.tables[1].slopes(saved.values, lane_slope).astype(grad.dtype) if values_too else None
+    return saved.tables[0].slopes(saved.numbers, w["shared_slope"]).astype(grad.dtype), of_values
