@@ -28,13 +28,15 @@ def _rebuild(cls, message, numbers): return cls(message, **numbers)
 
 # %% ../nbs/01_errors.ipynb #68edf6c0
 class MemoryBudgetExceeded(GausssafeError, MemoryError):
-    "A plan was refused before it allocated anything; `what` needs `needed_bytes`, of which `left_bytes` of `limit_bytes` is left"
+    "A plan was refused before it allocated anything; `what` needs `needed_bytes`, and `left_bytes` of `limit_bytes` is left"
 
-    def __init__(self, message: str = "", *, what: str = "this step", needed_bytes: int = 0, left_bytes: int = 0, limit_bytes: int = 0, advice: str = "Use a larger memory_limit."):
+    def __init__(self, message: str = "", *, what: str = "this step", needed_bytes: int = 0, left_bytes: int = 0, limit_bytes: int = 0,
+                 advice: str = "Use a larger memory_limit."):
         super().__init__(message, what=what, needed_bytes=needed_bytes, left_bytes=left_bytes, limit_bytes=limit_bytes, advice=advice)
 
     def _message(self):
-        return f"{self.what} needs {format_bytes(self.needed_bytes)}; {format_bytes(self.left_bytes)} of the {format_bytes(self.limit_bytes)} budget is left. {self.advice}"
+        left = f"{format_bytes(self.left_bytes)} of the {format_bytes(self.limit_bytes)} budget is left"
+        return f"{self.what} needs {format_bytes(self.needed_bytes)}; {left}. {self.advice}"
 
 # %% ../nbs/01_errors.ipynb #33d8c980
 def where(
@@ -49,7 +51,8 @@ def where(
 class MemoryLimitExceeded(GausssafeError, MemoryError):
     "The process tree reached `peak_bytes`, over its `limit_bytes`, and was stopped"
 
-    def __init__(self, message: str = "", *, peak_bytes: int = 0, limit_bytes: int = 0, cell_index: int | None = None, execution_count: int | None = None):
+    def __init__(self, message: str = "", *, peak_bytes: int = 0, limit_bytes: int = 0, cell_index: int | None = None,
+                 execution_count: int | None = None):
         super().__init__(message, peak_bytes=peak_bytes, limit_bytes=limit_bytes, cell_index=cell_index, execution_count=execution_count)
 
     def _message(self):

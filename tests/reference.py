@@ -1,0 +1,79 @@
+"Slow, obvious versions that the tests compare with: one section a module"
+
+import itertools
+
+import numpy as np
+
+
+# memory: bytes of a small tensor program, by bookkeeping alone
+
+
+def tensor_program_bytes(steps, sizes):
+    "(alive, peak) bytes of float32 programs on four names; a name is [storage, elements], a storage [bytes, born inside]"
+    names = [[[4 * n, False], n] for n in sizes]
+    peak = 0
+
+    def alive(*also): return sum(storage[0] for storage in {id(s): s for s in [name[0] for name in names] + list(also)}.values() if storage[1])
+
+    for step, name, other in steps:
+        storage, n = names[name]
+        if step in ("new", "data"): made = [[4 * other, True], other]
+        elif step == "view": made = [names[other][0], names[other][1]]
+        elif step == "clone": made = [[4 * names[other][1], True], names[other][1]]
+        elif step == "join": made = [[4 * (n + names[other][1]), True], n + names[other][1]]
+        elif step == "drop": made = [[0, True], 0]
+        elif step == "grow":
+            if 4 * other > storage[0]: peak = max(peak, alive() + 4 * other)  # Old and new block live side by side
+            storage[0], made = max(storage[0], 4 * other), [storage, other]
+        else: made = names[name]
+        peak = max(peak, alive(made[0]))
+        names[name] = made
+    return alive(), peak
+
+
+# metrics: sums over all pairs, one pair at a time in spirit, in float64
+
+def kernel_sum(a, b, gamma):
+    "Sum of exp(-gamma |a - b|^2) over all pairs"
+    return float(np.exp(-gamma * ((a[:, None] - b[None]) ** 2).sum(-1)).sum())
+
+
+def squared_mmd(x, y, gamma):
+    "Biased squared MMD"
+    n, m = len(x), len(y)
+    return kernel_sum(x, x, gamma) / n**2 + kernel_sum(y, y, gamma) / m**2 - 2 * kernel_sum(x, y, gamma) / (n * m)
+
+
+def unbiased_mmd(x, y, gammas):
+    "Unbiased squared MMD, mean over kernels; the diagonals count 1 a point"
+    n, m = len(x), len(y)
+    def one(g): return (kernel_sum(x, x, g) - n) / (n * (n - 1)) + (kernel_sum(y, y, g) - m) / (m * (m - 1)) - 2 * kernel_sum(x, y, g) / (n * m)
+    return float(np.mean([one(g) for g in gammas]))
+
+
+def median_squared_distance(y):
+    "Median over pairs i < j"
+    i, j = np.triu_indices(len(y), 1)
+    return float(np.median(((y[i] - y[j]) ** 2).sum(-1)))
+
+
+def cheapest_assignment(x, y):
+    "Mean cost of the best one-to-one assignment, by trying them all"
+    return min(float(np.mean(np.linalg.norm(x - y[list(order)], axis=1))) for order in itertools.permutations(range(len(y))))
+
+
+# circuits: one state, one gate at a time, qubit 0 the leftmost bit
+
+def circuit_expvals(n_qubits, gates):
+    "<Z_i> of gates (name, wires, angle) on |0...0>, by dense matrices"
+    paulis = {"X": np.array([[0, 1], [1, 0]]), "Y": np.array([[0, -1j], [1j, 0]]), "Z": np.diag([1, -1])}
+    def on(matrices):
+        full = np.eye(1)
+        for wire in range(n_qubits): full = np.kron(full, matrices.get(wire, np.eye(2)))
+        return full
+    state = np.eye(2**n_qubits)[0].astype(complex)
+    for name, wires, angle in gates:
+        if name == "CNOT": full = on({wires[0]: np.diag([1, 0])}) + on({wires[0]: np.diag([0, 1]), wires[1]: paulis["X"]})
+        else: full = on({wires: np.cos(angle / 2) * np.eye(2) - 1j * np.sin(angle / 2) * paulis[name[1]]})
+        state = full @ state
+    return np.array([(state.conj() @ on({i: paulis["Z"]}) @ state).real for i in range(n_qubits)])
