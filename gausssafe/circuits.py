@@ -32,16 +32,14 @@ class _Evaluate(torch.autograd.Function):
         return torch.from_numpy(results).T, saved.fine
 
     @staticmethod
-    def backward(ctx, grad, _): return (_slopes_once if torch.is_grad_enabled() else _slopes)(ctx, grad)
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled(): raise RuntimeError(_NO_SECOND)
+        samples_too, shared_too = ctx.needs_input_grad[1:]
+        shared, samples = ctx.plan._backward(ctx.saved, grad.numpy().T, samples_too)
+        return None, torch.from_numpy(samples).T if samples_too else None, torch.from_numpy(shared) if shared_too else None
 
 
-def _slopes(ctx, grad, _=None):
-    samples_too, shared_too = ctx.needs_input_grad[1:]
-    shared, samples = ctx.plan._backward(ctx.saved, grad.numpy().T, samples_too)
-    return None, torch.from_numpy(samples).T if samples_too else None, torch.from_numpy(shared) if shared_too else None
-
-
-_slopes_once = torch.autograd.function.once_differentiable(_slopes)  # a second derivative is an error, not a wrong number
+_NO_SECOND = "create_graph=True reached a compiled circuit, which has no second derivatives. Detach its output where they are not meant, or use a QNode with diff_method='backprop'."
 
 # %% ../nbs/22_circuits.ipynb #2487475b
 def _limits(circuit, latents, batched):
@@ -160,7 +158,8 @@ def _tangle(self, arguments, batch, flat, single):
     values = [arguments[name] for name in self._batched]
     dims = tuple(0 if is_batched else None for is_batched in self._batched.values())
     kinds = [sample for recipe, sample in zip(self.circuit.recipes, self.circuit.per_slot_sample, strict=True) if recipe is None]
-    found = torch.vmap(self.circuit.tangled, in_dims=dims, out_dims=tuple(0 if sample else None for sample in kinds))(*values) if any(dims_ == 0 for dims_ in dims) else self.circuit.tangled(*values)
+    compute = lambda *given: tuple(self.circuit.tangled(*given))
+    found = torch.vmap(compute, in_dims=dims, out_dims=tuple(0 if sample else None for sample in kinds))(*values) if 0 in dims else compute(*values)
     for value, sample in zip(found, kinds, strict=True): (flat if sample else single).append(value.reshape(batch, 1) if sample else value.reshape(1))
 
 

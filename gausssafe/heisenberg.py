@@ -329,11 +329,12 @@ def trig_of(values, entry, scale, shift, arcsin, cosines, sines):
 def _scatter(values, entry, scale, arcsin, slopes, out):
     "Slopes of entries from slopes of angles"
     out[:] = 0
+    eps = 1.2e-7 if values.itemsize == 4 else 2.3e-16
     for k in range(entry.size):
         if scale[k] == 0: continue
         for b in range(out.shape[1]):
             v = values[entry[k], b]
-            out[entry[k], b] += scale[k] * slopes[k, b] / (math.sqrt(1 - v * v) if arcsin[k] else 1.0)
+            out[entry[k], b] += scale[k] * slopes[k, b] / (math.sqrt(max(1 - v * v, eps)) if arcsin[k] else 1.0)
 
 # %% ../nbs/19_heisenberg.ipynb #46fb1c11
 @_jit

@@ -239,7 +239,7 @@ class AngleTable:
     def slopes(self, values: np.ndarray, slopes: np.ndarray) -> np.ndarray:
         "The way back: (n_entries, ...) from slopes of the angles"
         slopes = slopes * self.scale.reshape((-1,) + (1,) * (slopes.ndim - 1))
-        if self.arcsin.any(): slopes[self.arcsin] /= np.sqrt(1 - values[self.entry[self.arcsin]].astype(float) ** 2)
+        if self.arcsin.any(): slopes[self.arcsin] /= np.sqrt(np.maximum(1 - values[self.entry[self.arcsin]].astype(float) ** 2, np.finfo(values.dtype).eps))
         out = np.zeros(values.shape)
         if len(values): np.add.at(out, self.entry, slopes)
         return out

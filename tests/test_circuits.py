@@ -57,7 +57,7 @@ def built(program):
 
 def slow(circuit, n, x, w):
     node = qml.QNode(circuit, qml.device("default.qubit", wires=n), diff_method="backprop")
-    return torch.stack([torch.hstack([r.reshape(-1) for r in node(row, w)]) for row in x])
+    return torch.stack([torch.hstack([torch.as_tensor(r).reshape(-1) for r in node(row, w)]) for row in x])
 
 
 def both(plan, circuit, n, x, w):
@@ -76,7 +76,7 @@ def sample(seed, dtype=torch.float64, batch=5):
     return torch.rand(batch, 3, generator=g, dtype=dtype), torch.rand(3, generator=g, dtype=dtype) * 6 - 3
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs(), st.sampled_from(["auto", "statevector"]), st.integers(0, 99))
 def test_random_circuits_agree_with_default_qubit(program, engine, seed):
     circuit, n = built(program), program[0]
@@ -117,7 +117,7 @@ def test_single_precision(engine):
     plan = compile_circuit(deep, {"inputs": (3,), "w": (12, 3, 3)}, engine=engine)
     found = []
     for dtype in (torch.float64, torch.float32):
-        a, b = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+        a, b = (v.to(dtype).detach().clone().requires_grad_() for v in (x, w))
         y = plan(inputs=a, w=b)
         y.square().sum().backward()
         found.append((y.detach().double(), a.grad.double(), b.grad.double()))
@@ -170,8 +170,7 @@ def test_gradients_twice_and_threads():
 def test_second_derivative_is_an_error():
     w = torch.rand(1, 3, 3, requires_grad=True)
     plan = compile_circuit(deep, {"inputs": (3,), "w": (1, 3, 3)})
-    gradient, = torch.autograd.grad(plan(inputs=torch.rand(2, 3), w=w).sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"): gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"): torch.autograd.grad(plan(inputs=torch.rand(2, 3), w=w).sum(), w, create_graph=True)
 
 
 def test_the_calls_of_the_manual():
