@@ -98,7 +98,7 @@ def expand(
     numbers, lanes = {}, {}
     count = lambda table, angle: table.setdefault(angle, len(table))
     for r in split[0]: count(lanes if r.angle.slot is not None and per_slot_sample[r.angle.slot] else numbers, r.angle)
-    most = min(_MOST_COUPLES, 1000 + 4 * len(shared) << rotations.n_qubits)
+    most = min(_MOST_COUPLES, 600 + (len(shared) << rotations.n_qubits))
     walks, slots, couples = [], 0, 0
     for x, z, _ in readout(rotations).words:
         walk = Walk((int(x), int(z)), slots)

@@ -1,4 +1,5 @@
 "Plans against default.qubit and against a slow state vector: random gates, wires, templates, data re-uploading, chunks, limits"
+import functools
 import math
 import threading
 
@@ -136,11 +137,15 @@ def test_against_an_independent_state_vector():
     assert np.abs(y[0].numpy() - circuit_expvals(3, gates)).max() < 1e-13
 
 
-@settings(max_examples=12, deadline=None)
+@functools.cache
+def limited(limit): return compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)}, engine="statevector", memory_limit=limit)
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 70), st.sampled_from([None, 4000, 9000, 50_000]))
 def test_chunks_do_not_change_the_answer(batch, limit):
     x, w = torch.rand(batch, 3, dtype=torch.float64), torch.rand(4, 3, 3, dtype=torch.float64, requires_grad=True)
-    whole, chunked = (compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)}, engine="statevector", memory_limit=m) for m in (None, limit))
+    whole, chunked = limited(None), limited(limit)
     try: y = chunked(inputs=x, w=w)
     except MemoryBudgetExceeded as refused:
         assert refused.needed_bytes > limit and "batch_size <=" in str(refused)
