@@ -33,7 +33,8 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        if torch.is_grad_enabled(): raise RuntimeError(_NO_SECOND)
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND)
         samples_too, shared_too = ctx.needs_input_grad[1:]
         shared, samples = ctx.plan._backward(ctx.saved, grad.numpy().T, samples_too)
         return None, torch.from_numpy(samples).T if samples_too else None, torch.from_numpy(shared) if shared_too else None
@@ -47,23 +48,29 @@ def _limits(circuit, latents, batched):
     largest = float(np.finfo(np.float64).max)
     names = [name for name in circuit.shapes if (name in circuit.per_sample) == batched]
     tangled = sum(r is None and s == batched for r, s in zip(circuit.recipes, circuit.per_slot_sample, strict=True))
-    return np.concatenate([np.full(math.prod(circuit.shapes[name]), 1.0 if name in latents else largest) for name in names] + [np.full(tangled, largest)])
+    return np.concatenate(
+        [np.full(math.prod(circuit.shapes[name]), 1.0 if name in latents else largest) for name in names] + [np.full(tangled, largest)]
+    )
 
 # %% ../nbs/22_circuits.ipynb #776713cd
 def _check_finite(name, tensor):
     bad = int((~torch.isfinite(tensor)).sum())
-    if bad: raise NotFinite(what=name, n_bad=bad, n_total=tensor.numel())
+    if bad:
+        raise NotFinite(what=name, n_bad=bad, n_total=tensor.numel())
 
 
 def _check_latents(name, tensor):
     outside = int((tensor.abs() > 1).sum())
     if outside:
-        raise InvalidInput(f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.3g}), "
-                           "and the circuit takes their arcsine. Scale or clamp them first.")
+        raise InvalidInput(
+            f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.3g}), "
+            "and the circuit takes their arcsine. Scale or clamp them first."
+        )
 
 
 def _check_shape(name, tensor, shape, batched):
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point(): raise InvalidInput(f"{name} must be a tensor of float32 or float64, not {getattr(tensor, 'dtype', type(tensor).__name__)}.")
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        raise InvalidInput(f"{name} must be a tensor of float32 or float64, not {getattr(tensor, 'dtype', type(tensor).__name__)}.")
     if tuple(tensor.shape[1:] if batched else tensor.shape) != tuple(shape):
         want = ("batch, " if batched else "") + ", ".join(map(str, shape))
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}; the circuit was compiled for ({want}).")
@@ -102,28 +109,36 @@ class ExecutionPlan:
         self.n_results = self._engine.read.rows[-1][1]
 
     @property
-    def engine(self) -> str: return self._engine.name
+    def engine(self) -> str:
+        return self._engine.name
 
     @property
     def chunk_size(self) -> int:
         "Samples that are in the workspace at a time, of a large batch in float32"
-        return self._engine.tile(1 << 20, 4, None) if self.limit_bytes is None else max(1, self._engine.tile(1, 4, self.limit_bytes), self._engine.tile(64, 4, self.limit_bytes))
+        return (
+            self._engine.tile(1 << 20, 4, None)
+            if self.limit_bytes is None
+            else max(1, self._engine.tile(1, 4, self.limit_bytes), self._engine.tile(64, 4, self.limit_bytes))
+        )
 
     def __call__(self, **arguments: torch.Tensor) -> torch.Tensor:  # (batch, n_results)
         "Run the circuit on a batch; differentiable in every argument"
         self._check(arguments)
         samples, shared = self._gather(arguments)
-        if samples.is_cpu and shared.dtype == samples.dtype: return self._apply(arguments, samples, shared)
+        if samples.is_cpu and shared.dtype == samples.dtype:
+            return self._apply(arguments, samples, shared)
         return self._apply(arguments, samples.cpu(), shared.to("cpu", samples.dtype)).to(samples.device)
 
     def _apply(self, arguments, samples, shared):
         results, fine = _Evaluate.apply(self, samples, shared)
-        if not fine: self._complain(arguments)
+        if not fine:
+            self._complain(arguments)
         return results
 
 # %% ../nbs/22_circuits.ipynb #bda5c481
 def _check(self, arguments):
-    if arguments.keys() != self._batched.keys(): raise InvalidInput(f"the circuit takes {', '.join(self._batched)}; it was given {', '.join(arguments) or 'nothing'}.")
+    if arguments.keys() != self._batched.keys():
+        raise InvalidInput(f"the circuit takes {', '.join(self._batched)}; it was given {', '.join(arguments) or 'nothing'}.")
     for name, tensor in arguments.items():
         _check_shape(name, tensor, self.circuit.shapes[name], self._batched[name])
 
@@ -132,12 +147,14 @@ def _complain(self, arguments):
     "An engine met a number that cannot be: find it and say so"
     for name, tensor in arguments.items():
         _check_finite(name, tensor)
-        if name in self._latents: _check_latents(name, tensor)
+        if name in self._latents:
+            _check_latents(name, tensor)
     raise NotFinite(what="the circuit's angles", n_bad=1, n_total=len(self.circuit.recipes))
 
 
 def _join(parts, like, shape):
-    if len(parts) == 1: return parts[0]
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts, dim=-1) if parts else like.new_zeros(shape)
 
 
@@ -146,9 +163,11 @@ def _gather(self, arguments):
     batched = [arguments[name] for name, is_batched in self._batched.items() if is_batched]
     single = [arguments[name].reshape(-1) for name, is_batched in self._batched.items() if not is_batched]
     batch = batched[0].shape[0] if batched else 1
-    if any(tensor.shape[0] != batch for tensor in batched): raise InvalidInput(f"batches of different sizes: {[tensor.shape[0] for tensor in batched]}.")
+    if any(tensor.shape[0] != batch for tensor in batched):
+        raise InvalidInput(f"batches of different sizes: {[tensor.shape[0] for tensor in batched]}.")
     flat = [tensor.reshape(batch, -1) for tensor in batched]
-    if self.circuit.tangled is not None: self._tangle(arguments, batch, flat, single)
+    if self.circuit.tangled is not None:
+        self._tangle(arguments, batch, flat, single)
     like = (flat or single)[0]
     return _join(flat, like, (batch, 0)), _join(single, like, (0,))
 
@@ -160,16 +179,19 @@ def _tangle(self, arguments, batch, flat, single):
     kinds = [sample for recipe, sample in zip(self.circuit.recipes, self.circuit.per_slot_sample, strict=True) if recipe is None]
     compute = lambda *given: tuple(self.circuit.tangled(*given))
     found = torch.vmap(compute, in_dims=dims, out_dims=tuple(0 if sample else None for sample in kinds))(*values) if 0 in dims else compute(*values)
-    for value, sample in zip(found, kinds, strict=True): (flat if sample else single).append(value.reshape(batch, 1) if sample else value.reshape(1))
+    for value, sample in zip(found, kinds, strict=True):
+        (flat if sample else single).append(value.reshape(batch, 1) if sample else value.reshape(1))
 
 
-for _method in (_check, _complain, _gather, _tangle): setattr(ExecutionPlan, _method.__name__, _method)
+for _method in (_check, _complain, _gather, _tangle):
+    setattr(ExecutionPlan, _method.__name__, _method)
 
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
 def _layout(self, batch, itemsize, needs_grad):
     "(lanes of a tile, keep the last states) for a batch"
     tile = self._engine.tile(batch, itemsize, self.limit_bytes)
-    if not tile: self._refuse(batch, itemsize)
+    if not tile:
+        self._refuse(batch, itemsize)
     keep = needs_grad and (self.limit_bytes is None or self._engine.bytes(batch, itemsize, tile, True) <= self.limit_bytes)
     return tile, keep
 
@@ -179,8 +201,18 @@ def _refuse(self, batch, itemsize):
     engine, limit = self._engine, self.limit_bytes
     floor = engine.bytes(1, itemsize, 1, False)
     fits = (limit - floor) // max(1, engine.batch_bytes(itemsize)) + 1
-    advice = f"Use batch_size <= {fits} or a larger memory_limit." if fits > 0 else f"Even one sample needs {format_bytes(floor)}: use a larger memory_limit or fewer qubits."
-    raise MemoryBudgetExceeded(what=f"{self.circuit.n_wires} qubits x batch {batch}", needed_bytes=engine.bytes(batch, itemsize, 1, False), left_bytes=limit, limit_bytes=limit, advice=advice)
+    advice = (
+        f"Use batch_size <= {fits} or a larger memory_limit."
+        if fits > 0
+        else f"Even one sample needs {format_bytes(floor)}: use a larger memory_limit or fewer qubits."
+    )
+    raise MemoryBudgetExceeded(
+        what=f"{self.circuit.n_wires} qubits x batch {batch}",
+        needed_bytes=engine.bytes(batch, itemsize, 1, False),
+        left_bytes=limit,
+        limit_bytes=limit,
+        advice=advice,
+    )
 
 
 def _forward(self, values, numbers, needs_grad):
@@ -200,16 +232,19 @@ def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> i
     return self._engine.bytes(batch, dtype.itemsize, tile, keep)
 
 
-for _method in (_layout, _refuse, _forward, _backward, estimate_bytes): setattr(ExecutionPlan, _method.__name__, _method)
+for _method in (_layout, _refuse, _forward, _backward, estimate_bytes):
+    setattr(ExecutionPlan, _method.__name__, _method)
 
 # %% ../nbs/22_circuits.ipynb #5a6fdcf9
 def explain(self) -> str:
     "How the plan works, in a few lines"
     circuit, limit = self.circuit, "what the machine has" if self.limit_bytes is None else format_bytes(self.limit_bytes)
     per_sample = sum(circuit.per_slot_sample)
-    lines = [f"{circuit.n_wires} qubits, {len(circuit.gates)} gates, {per_sample} angles per sample, {len(circuit.recipes) - per_sample} shared, {self.n_results} results",
-             f"engine {self.engine}: {self._engine.describe()}",
-             f"memory limit: {limit}; a batch of 256 in float32 needs {format_bytes(self.estimate_bytes(256))}"]
+    lines = [
+        f"{circuit.n_wires} qubits, {len(circuit.gates)} gates, {per_sample} angles per sample, {len(circuit.recipes) - per_sample} shared, {self.n_results} results",
+        f"engine {self.engine}: {self._engine.describe()}",
+        f"memory limit: {limit}; a batch of 256 in float32 needs {format_bytes(self.estimate_bytes(256))}",
+    ]
     return "\n".join(lines)
 
 
@@ -225,7 +260,8 @@ def compile_circuit(
     engine: str = "auto",  # `"statevector"` and `"heisenberg"` force one
 ) -> ExecutionPlan:  # Call it with the arguments by name
     "Compile a circuit once, to run it on batches"
-    if engine not in ("auto", "statevector", "heisenberg"): raise InvalidInput(f"engine {engine!r} is unknown: use 'auto', 'statevector' or 'heisenberg'.")
+    if engine not in ("auto", "statevector", "heisenberg"):
+        raise InvalidInput(f"engine {engine!r} is unknown: use 'auto', 'statevector' or 'heisenberg'.")
     shapes = {name: (shape,) if isinstance(shape, int) else tuple(shape) for name, shape in shapes.items()}
     circuit = trace(function, shapes, per_sample=tuple(name for name in per_sample if name in shapes))
     _check_readable(circuit)
@@ -235,8 +271,10 @@ def compile_circuit(
 def _check_readable(circuit):
     drawn = [m.kind for m in circuit.measurements if m.kind in ("sample", "counts")]
     if drawn or circuit.shots:
-        raise InvalidInput(f"the circuit asks for {drawn[0] if drawn else 'expectation values'} from a finite number of shots; plans compute exact values. "
-                           "Use shots=None with expval or probs, and draw from the probabilities where samples are needed.")
+        raise InvalidInput(
+            f"the circuit asks for {drawn[0] if drawn else 'expectation values'} from a finite number of shots; plans compute exact values. "
+            "Use shots=None with expval or probs, and draw from the probabilities where samples are needed."
+        )
 
 # %% ../nbs/22_circuits.ipynb #dd129eaf
 class QuantumLayer(torch.nn.Module):
@@ -270,12 +308,15 @@ class QuantumLayer(torch.nn.Module):
 # %% ../nbs/22_circuits.ipynb #b860debd
 def _check_signature(qnode, weight_shapes):
     names = set(inspect.signature(getattr(qnode, "func", qnode)).parameters)
-    if "inputs" not in names: raise InvalidInput(f"the circuit must have an argument named inputs; it has {sorted(names)}.")
-    if names - {"inputs"} != set(weight_shapes): raise InvalidInput(f"weight_shapes names {sorted(weight_shapes)}, but the circuit's weights are {sorted(names - {'inputs'})}.")
+    if "inputs" not in names:
+        raise InvalidInput(f"the circuit must have an argument named inputs; it has {sorted(names)}.")
+    if names - {"inputs"} != set(weight_shapes):
+        raise InvalidInput(f"weight_shapes names {sorted(weight_shapes)}, but the circuit's weights are {sorted(names - {'inputs'})}.")
 
 
 def _initial(name, shape, init_method):
     "TorchLayer's rule: uniform in [0, 2 pi] unless told otherwise"
     init = init_method.get(name) if isinstance(init_method, dict) else init_method
-    if isinstance(init, torch.Tensor): return init.clone()
+    if isinstance(init, torch.Tensor):
+        return init.clone()
     return torch.nn.init.uniform_(torch.empty(shape), b=2 * math.pi) if init is None else init(torch.empty(shape))

@@ -171,14 +171,24 @@ def assemble_words(expansion: Expansion, n_qubits: int) -> WordProgram:
     for observable, walk in enumerate(expansion.walks):
         for word, (slot, factor) in walk.at.items():
             product = _factors(word, groups)
-            if product is None: continue
+            if product is None:
+                continue
             terms.append((slot, entries.setdefault((monomials.of(product[0]), observable), len(entries))))
             signs.append(factor * product[1])
     ints = lambda rows, width: np.array(list(rows), dtype=np.int64).reshape(-1, width)
     couples = [c for walk in expansion.walks for c in walk.couples]
-    return WordProgram(np.array([walk.first for walk in expansion.walks], dtype=np.int64), ints((c[:3] for c in couples), 3), np.array([c[3] for c in couples], dtype=float),
-                       sum(walk.n_slots for walk in expansion.walks), ints(_preparation(known, expansion), 4), len(known), ints(monomials.steps, 2),
-                       ints(terms, 2), np.array(signs, dtype=float), ints(entries, 2))
+    return WordProgram(
+        np.array([walk.first for walk in expansion.walks], dtype=np.int64),
+        ints((c[:3] for c in couples), 3),
+        np.array([c[3] for c in couples], dtype=float),
+        sum(walk.n_slots for walk in expansion.walks),
+        ints(_preparation(known, expansion), 4),
+        len(known),
+        ints(monomials.steps, 2),
+        ints(terms, 2),
+        np.array(signs, dtype=float),
+        ints(entries, 2),
+    )
 
 # %% ../nbs/19_heisenberg.ipynb #25f2c5dd
 _jit = numba.njit(cache=__name__ != "__main__", nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy")
@@ -269,7 +279,8 @@ def _back_to_angles(turns, monomials, trig, cosines, sines, first, bloch, phi, d
     dbloch[:] = 0
     for m in range(monomials.shape[0] - 1, -1, -1):
         parent, row = monomials[m]
-        if row < 0: continue
+        if row < 0:
+            continue
         for t in range(phi.shape[1]):
             dbloch[row, t] += dphi[m, t] * phi[parent, t]
             dphi[parent, t] += dphi[m, t] * bloch[row, t]
@@ -278,14 +289,18 @@ def _back_to_angles(turns, monomials, trig, cosines, sines, first, bloch, phi, d
         _trig_of(turns[i], trig, cosines, sines, first, c, s)
         for t in range(phi.shape[1]):
             slope = dbloch[b, t] * bloch[a, t] - dbloch[a, t] * bloch[b, t]
-            if not varies: slopes[k] += slope
-            elif first + t < lane_slope.shape[1]: lane_slope[k, first + t] += slope
+            if not varies:
+                slopes[k] += slope
+            elif first + t < lane_slope.shape[1]:
+                lane_slope[k, first + t] += slope
         _turn_rows(bloch[a], bloch[b], c, s, -one)
         _turn_rows(dbloch[a], dbloch[b], c, s, -one)
 
 
 @_jit
-def words_backward(turns, monomials, entries, trig, cosines, sines, weights, bloch, phi, dbloch, dphi, c, s, tile_grad, grad, too, grad_weights, lane_slope, slopes):
+def words_backward(
+    turns, monomials, entries, trig, cosines, sines, weights, bloch, phi, dbloch, dphi, c, s, tile_grad, grad, too, grad_weights, lane_slope, slopes
+):
     tile = phi.shape[1]
     grad_weights[:] = 0
     slopes[:] = 0
@@ -293,18 +308,23 @@ def words_backward(turns, monomials, entries, trig, cosines, sines, weights, blo
     for first in range(0, grad.shape[1], tile):
         last = min(first + tile, grad.shape[1])
         monomials_of(turns, monomials, trig, cosines, sines, first, bloch, phi, c, s)
-        if last - first < tile: tile_grad[:] = 0
-        for i in range(grad.shape[0]): tile_grad[i, :last - first] = grad[i, first:last]
+        if last - first < tile:
+            tile_grad[:] = 0
+        for i in range(grad.shape[0]):
+            tile_grad[i, : last - first] = grad[i, first:last]
         for j in range(entries.shape[0]):
             source, target = phi[entries[j, 0]], tile_grad[entries[j, 1]]
             total = phi.dtype.type(0)
-            for t in range(tile): total += source[t] * target[t]
+            for t in range(tile):
+                total += source[t] * target[t]
             grad_weights[j] += total
-        if not too: continue
+        if not too:
+            continue
         dphi[:] = 0
         for j in range(entries.shape[0]):
             weight, source, target = weights[j], tile_grad[entries[j, 1]], dphi[entries[j, 0]]
-            for t in range(tile): target[t] += weight * source[t]
+            for t in range(tile):
+                target[t] += weight * source[t]
         _back_to_angles(turns, monomials, trig, cosines, sines, first, bloch, phi, dbloch, dphi, c, s, lane_slope, slopes)
 
 # %% ../nbs/19_heisenberg.ipynb #40eb08a6
@@ -367,11 +387,13 @@ def words_call_back(numbers, values, shared, lanes, words, samples, w, b, grad, 
 # %% ../nbs/19_heisenberg.ipynb #f519ffac
 class Heisenberg:
     "Engine for shallow circuits: C(w) by walking words, Phi(x) by products"
+
     name = "heisenberg"
 
     def __init__(self, rotations: Rotations, per_slot_sample: tuple[bool, ...]):
         expansion = expand(rotations, per_slot_sample)
-        if expansion is None: raise ValueError("too many Pauli words: use engine='statevector'")
+        if expansion is None:
+            raise ValueError("too many Pauli words: use engine='statevector'")
         self.read, self.program = readout(rotations), assemble_words(expansion, rotations.n_qubits)
         self.shared, self.lanes, self.pool = expansion.angles, expansion.lane_angles, Pool()
         self.shared_preparation = bool((self.program.turns[:, 3] == 0).any())
@@ -382,14 +404,20 @@ class Heisenberg:
         p = self.program
         return f"{p.n_slots} Pauli words, {len(p.couples)} couples turned once a call; {len(p.monomials)} monomials and {len(p.entries)} products a sample"
 
-    def fixed_bytes(self, itemsize: int) -> int: return 8 * (3 * self.program.n_slots + 3 * len(self.shared)) + (16 + itemsize) * len(self.program.entries)
-    def lane_bytes(self, itemsize: int) -> int: return itemsize * (6 * self.program.n_groups + 2 * len(self.program.monomials) + 2 + self.read.n_channels)
-    def batch_bytes(self, itemsize: int) -> int: return itemsize * (3 * len(self.lanes) + (0 if self.read.plain else 2) * self.read.n_channels)
+    def fixed_bytes(self, itemsize: int) -> int:
+        return 8 * (3 * self.program.n_slots + 3 * len(self.shared)) + (16 + itemsize) * len(self.program.entries)
+
+    def lane_bytes(self, itemsize: int) -> int:
+        return itemsize * (6 * self.program.n_groups + 2 * len(self.program.monomials) + 2 + self.read.n_channels)
+
+    def batch_bytes(self, itemsize: int) -> int:
+        return itemsize * (3 * len(self.lanes) + (0 if self.read.plain else 2) * self.read.n_channels)
 
     def tile(self, batch: int, itemsize: int, limit_bytes: int | None = None) -> int:
         "Lanes at a time: 128, fewer if the limit is tight; 0 if nothing fits"
         widest = min(128, 1 << max(batch - 1, 0).bit_length())
-        if limit_bytes is None: return widest
+        if limit_bytes is None:
+            return widest
         fits = max(limit_bytes - self.fixed_bytes(itemsize) - batch * self.batch_bytes(itemsize), 0) // self.lane_bytes(itemsize)
         return min(widest, 1 << (fits.bit_length() - 1)) if fits else 0
 
@@ -397,21 +425,44 @@ class Heisenberg:
         "Logical bytes beyond inputs and outputs"
         return self.fixed_bytes(itemsize) + batch * self.batch_bytes(itemsize) + tile * self.lane_bytes(itemsize)
 
-    def run(self, tables, limits, values, numbers, tile, keep): return _run_words(self, tables, limits, values, numbers, tile)
-    def run_back(self, saved, grad, values_too): return _run_words_back(self, saved, grad, values_too)
+    def run(self, tables, limits, values, numbers, tile, keep):
+        return _run_words(self, tables, limits, values, numbers, tile)
+
+    def run_back(self, saved, grad, values_too):
+        return _run_words_back(self, saved, grad, values_too)
 
 # %% ../nbs/19_heisenberg.ipynb #74883f60
 def _word_workspace(engine, batch, dtype, tile):
     "Arrays for (forward and backward, backward only)"
     p, k, n_lanes, channels = engine.program, len(engine.shared), len(engine.lanes), engine.read.n_channels
     new, new64 = lambda *shape: np.empty(shape, dtype), np.empty
-    both = (new64(p.n_slots), new64(len(p.entries)), new(len(p.entries)), new64((2, k, 1)), new(n_lanes, batch), new(n_lanes, batch), new(3 * p.n_groups, tile),
-            new(len(p.monomials), tile), new(tile), new(tile), new(channels, tile))
-    back = (new64(p.n_slots), new64(p.n_slots), new64(len(p.entries)), new64((k, 1)), new(3 * p.n_groups, tile), new(len(p.monomials), tile), new(n_lanes, batch))
+    both = (
+        new64(p.n_slots),
+        new64(len(p.entries)),
+        new(len(p.entries)),
+        new64((2, k, 1)),
+        new(n_lanes, batch),
+        new(n_lanes, batch),
+        new(3 * p.n_groups, tile),
+        new(len(p.monomials), tile),
+        new(tile),
+        new(tile),
+        new(channels, tile),
+    )
+    back = (
+        new64(p.n_slots),
+        new64(p.n_slots),
+        new64(len(p.entries)),
+        new64((k, 1)),
+        new(3 * p.n_groups, tile),
+        new(len(p.monomials), tile),
+        new(n_lanes, batch),
+    )
     return both, back
 
 
-def _table(table): return table.entry, table.scale, table.shift, table.arcsin
+def _table(table):
+    return table.entry, table.scale, table.shift, table.arcsin
 
 
 def _run_words(engine, tables, limits, values, numbers, tile):
@@ -427,6 +478,18 @@ def _run_words(engine, tables, limits, values, numbers, tile):
 def _run_words_back(engine, saved, grad, values_too):
     shared, lanes = saved.tables
     of_numbers, of_values = np.empty((saved.numbers.size, 1), grad.dtype), np.empty(saved.values.shape if values_too else (0, 0), grad.dtype)
-    words_call_back(saved.numbers[:, None], saved.values, _table(shared), _table(lanes), engine.words, engine.samples, *saved.work, grad, values_too,
-                    engine.shared_preparation, of_numbers, of_values)
+    words_call_back(
+        saved.numbers[:, None],
+        saved.values,
+        _table(shared),
+        _table(lanes),
+        engine.words,
+        engine.samples,
+        *saved.work,
+        grad,
+        values_too,
+        engine.shared_preparation,
+        of_numbers,
+        of_values,
+    )
     return of_numbers[:, 0], of_values if values_too else None

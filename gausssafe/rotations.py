@@ -69,8 +69,10 @@ def without_controls(
 def _phase(frame, wires, angle, controls):
     z, inverted = frame.parity_of(wires)
     whole = Rotation(0, z, angle.times(-1 if inverted else 1), controls)
-    if len(controls) <= 3: yield from without_controls(whole)
-    else: yield whole
+    if len(controls) <= 3:
+        yield from without_controls(whole)
+    else:
+        yield whole
 
 
 def _turn(frame, wire, angle, controls):
@@ -79,12 +81,14 @@ def _turn(frame, wire, angle, controls):
 
 def _not(frame, wire, controls):
     "X: free with at most one control; else X = RY(pi) Z under all of them"
-    if not controls: frame.inverted[wire] ^= 1
+    if not controls:
+        frame.inverted[wire] ^= 1
     elif len(controls) == 1:
-        (control, value), = controls
+        ((control, value),) = controls
         frame.cnot(control, wire)
         frame.inverted[wire] ^= 1 - value
-    else: yield from _gates(frame, (Gate("Phase", (wire,), Angle(None, 0, math.pi), controls), Gate("RY", (wire,), Angle(None, 0, math.pi), controls)))
+    else:
+        yield from _gates(frame, (Gate("Phase", (wire,), Angle(None, 0, math.pi), controls), Gate("RY", (wire,), Angle(None, 0, math.pi), controls)))
 
 # %% ../nbs/17_rotations.ipynb #11553726
 def _swap(frame, a, b, controls):
@@ -227,19 +231,23 @@ class AngleTable:
         self.entry, self.scale, self.shift, self.arcsin = column(0, np.int64), column(1, float), column(2, float), column(3, bool)
 
     @staticmethod
-    def _row(angle, entry, scale, shift, arcsin): return entry, angle.scale * scale, angle.scale * shift + angle.shift, arcsin
+    def _row(angle, entry, scale, shift, arcsin):
+        return entry, angle.scale * scale, angle.scale * shift + angle.shift, arcsin
 
     def angles(self, values: np.ndarray) -> np.ndarray:
         "(n_angles, ...) from (n_entries, ...), in float64"
         picked = values[self.entry].astype(float) if len(values) else np.zeros((len(self.entry), *values.shape[1:]))
-        if self.arcsin.any(): picked[self.arcsin] = np.arcsin(picked[self.arcsin])
+        if self.arcsin.any():
+            picked[self.arcsin] = np.arcsin(picked[self.arcsin])
         shape = (-1,) + (1,) * (picked.ndim - 1)
         return picked * self.scale.reshape(shape) + self.shift.reshape(shape)
 
     def slopes(self, values: np.ndarray, slopes: np.ndarray) -> np.ndarray:
         "The way back: (n_entries, ...) from slopes of the angles"
         slopes = slopes * self.scale.reshape((-1,) + (1,) * (slopes.ndim - 1))
-        if self.arcsin.any(): slopes[self.arcsin] /= np.sqrt(np.maximum(1 - values[self.entry[self.arcsin]].astype(float) ** 2, np.finfo(values.dtype).eps))
+        if self.arcsin.any():
+            slopes[self.arcsin] /= np.sqrt(np.maximum(1 - values[self.entry[self.arcsin]].astype(float) ** 2, np.finfo(values.dtype).eps))
         out = np.zeros(values.shape)
-        if len(values): np.add.at(out, self.entry, slopes)
+        if len(values):
+            np.add.at(out, self.entry, slopes)
         return out

@@ -139,19 +139,26 @@ class _Assembler:
         self.steps, self.terms, self.masks, self.values, self.angles, self.lane_angles = [], [], [], [], [], []
         self.tables, self.reach, self.open_phases = 0, 0, False
 
-    def varies(self, angle): return angle.slot is not None and self.per_slot_sample[angle.slot]
+    def varies(self, angle):
+        return angle.slot is not None and self.per_slot_sample[angle.slot]
 
     def add(self, rotation: Rotation):
         self.reach |= rotation.x
         first = len(self.masks)
-        for mask, value in rotation.controls: self.masks.append(mask); self.values.append(value)
+        for mask, value in rotation.controls:
+            self.masks.append(mask)
+            self.values.append(value)
         controls = (first, len(self.masks))
-        if self.varies(rotation.angle): self._lane(rotation, controls)
-        elif rotation.x: self._step(TURN, rotation, controls, self._number(self.angles, rotation.angle))
-        else: self._term(rotation, controls)
+        if self.varies(rotation.angle):
+            self._lane(rotation, controls)
+        elif rotation.x:
+            self._step(TURN, rotation, controls, self._number(self.angles, rotation.angle))
+        else:
+            self._term(rotation, controls)
         self.open_phases = not rotation.x and (self.open_phases or not self.varies(rotation.angle))
 
-    def _lane(self, rotation, controls): self._step(LANE_TURN if rotation.x else LANE_PHASE, rotation, controls, self._number(self.lane_angles, rotation.angle))
+    def _lane(self, rotation, controls):
+        self._step(LANE_TURN if rotation.x else LANE_PHASE, rotation, controls, self._number(self.lane_angles, rotation.angle))
 
     def _term(self, rotation, controls):
         "A phase joins the diagonal that is being written"
@@ -165,10 +172,12 @@ class _Assembler:
 
     def _step(self, kind, rotation, controls, angle):
         touched = rotation.x | rotation.z
-        for mask, _ in rotation.controls: touched |= mask
+        for mask, _ in rotation.controls:
+            touched |= mask
         self.steps.append([kind, rotation.x, rotation.z, *controls, angle, 0, touched & -touched or self._alive(), self._alive()])
 
-    def _alive(self): return 1 << self.reach.bit_length()
+    def _alive(self):
+        return 1 << self.reach.bit_length()
 
     @staticmethod
     def _number(table, angle):
@@ -378,7 +387,26 @@ def _lanes(cosines, sines, first, lane_cos, lane_sin):
 
 
 @_jit
-def forward(states, keep, steps, terms, masks, values, words, n_diagonal, places, half_angles, turns, tables, cosines, sines, lane_cos, lane_sin, out, tile_out):
+def forward(
+    states,
+    keep,
+    steps,
+    terms,
+    masks,
+    values,
+    words,
+    n_diagonal,
+    places,
+    half_angles,
+    turns,
+    tables,
+    cosines,
+    sines,
+    lane_cos,
+    lane_sin,
+    out,
+    tile_out,
+):
     "Expectations and probabilities of a batch; states (n_tiles or 1, 2^n, 2 T)"
     tile = states.shape[2] // 2
     phase_tables(steps, terms, masks, values, half_angles, tables)
@@ -388,7 +416,7 @@ def forward(states, keep, steps, terms, masks, values, words, n_diagonal, places
         run_tile(psi, steps, masks, values, turns, tables, lane_cos, lane_sin)
         measure_tile(psi, words, n_diagonal, places, tile_out)
         last = min(first + tile, out.shape[1])
-        out[:, first:last] = tile_out[:, :last - first]
+        out[:, first:last] = tile_out[:, : last - first]
 
 # %% ../nbs/18_statevector.ipynb #e0ca2963
 @_jit
@@ -515,6 +543,7 @@ def all_fine(values, numbers, value_limits, number_limits):
 # %% ../nbs/18_statevector.ipynb #971d18a2
 class StateVector:
     "The general engine: forward and backward of a batch on the CPU"
+
     name = "statevector"
 
     def __init__(self, rotations: Rotations, per_slot_sample: tuple[bool, ...]):
@@ -522,8 +551,11 @@ class StateVector:
         self.shared, self.lanes = self.program.angles, self.program.lane_angles
         self.rows, self.pool = 1 << rotations.n_qubits, Pool()
 
-    def run(self, tables, limits, values, numbers, tile, keep): return _run(self, tables, limits, values, numbers, tile, keep)
-    def run_back(self, saved, grad, values_too): return _run_back(self, saved, grad, values_too)
+    def run(self, tables, limits, values, numbers, tile, keep):
+        return _run(self, tables, limits, values, numbers, tile, keep)
+
+    def run_back(self, saved, grad, values_too):
+        return _run_back(self, saved, grad, values_too)
 
     def describe(self) -> str:
         steps = self.program.steps[:, _KIND]
@@ -533,7 +565,8 @@ class StateVector:
         "Bytes of one lane of the tile: state and cotangent, cosines and sines, results and slopes"
         return itemsize * (4 * self.rows + 4 * len(self.lanes) + 2 * self.read.n_channels + len(self.lanes))
 
-    def fixed_bytes(self, itemsize: int) -> int: return self.rows * self.program.n_tables * 3 * itemsize + 64 * (len(self.shared) + 1)
+    def fixed_bytes(self, itemsize: int) -> int:
+        return self.rows * self.program.n_tables * 3 * itemsize + 64 * (len(self.shared) + 1)
 
     def batch_bytes(self, itemsize: int) -> int:
         "Bytes that each sample needs for its angles, cosines, sines and slopes"
@@ -543,7 +576,8 @@ class StateVector:
         "Lanes of a tile: what the cache likes, at most what the batch has and the limit allows; 0 if nothing fits"
         likes = max(4, _CACHE_BYTES // (4 * self.rows * itemsize))
         widest = 1 << min(max(batch - 1, 0).bit_length(), likes.bit_length() - 1, 6)
-        if limit_bytes is None: return widest
+        if limit_bytes is None:
+            return widest
         left = limit_bytes - self.fixed_bytes(itemsize) - batch * self.batch_bytes(itemsize)
         fits = max(left, 0) // self.lane_bytes(itemsize)
         return min(widest, 1 << (fits.bit_length() - 1)) if fits else 0
@@ -558,10 +592,21 @@ class StateVector:
 def _workspace(engine, batch, dtype, tile, keep):
     p, n_out = engine.program, engine.read.n_channels
     new = lambda *shape: np.empty(shape, dtype)
-    work = dict(psi=new(engine.rows, 2 * tile), lam=new(engine.rows, 2 * tile), tables=new(p.n_tables, engine.rows, 2), table_slope=new(p.n_tables, engine.rows),
-                turns=new(len(p.angles), 2), cosines=new(len(p.lane_angles), batch), sines=new(len(p.lane_angles), batch),
-                lane_cos=new(max(1, len(p.lane_angles)), 2 * tile), lane_sin=new(max(1, len(p.lane_angles)), 2 * tile), tile_out=new(n_out, tile), tile_grad=new(n_out, tile),
-                tile_slope=new(len(p.lane_angles), tile), shared_slope=np.empty(len(p.angles)))
+    work = dict(
+        psi=new(engine.rows, 2 * tile),
+        lam=new(engine.rows, 2 * tile),
+        tables=new(p.n_tables, engine.rows, 2),
+        table_slope=new(p.n_tables, engine.rows),
+        turns=new(len(p.angles), 2),
+        cosines=new(len(p.lane_angles), batch),
+        sines=new(len(p.lane_angles), batch),
+        lane_cos=new(max(1, len(p.lane_angles)), 2 * tile),
+        lane_sin=new(max(1, len(p.lane_angles)), 2 * tile),
+        tile_out=new(n_out, tile),
+        tile_grad=new(n_out, tile),
+        tile_slope=new(len(p.lane_angles), tile),
+        shared_slope=np.empty(len(p.angles)),
+    )
     work["states"] = new(-(-batch // tile), engine.rows, 2 * tile) if keep else work["psi"][None]
     return work
 
@@ -579,8 +624,26 @@ def _run(engine, tables, limits, values, numbers, tile, keep):
     np.cos(work["sines"], out=work["cosines"])
     np.sin(work["sines"], out=work["sines"])
     out = np.empty((read.n_channels, batch), dtype)
-    forward(work["states"], keep, p.steps, p.terms, p.masks, p.values, read.words, read.n_diagonal, read.places, half, work["turns"], work["tables"],
-            work["cosines"], work["sines"], work["lane_cos"], work["lane_sin"], out, work["tile_out"])
+    forward(
+        work["states"],
+        keep,
+        p.steps,
+        p.terms,
+        p.masks,
+        p.values,
+        read.words,
+        read.n_diagonal,
+        read.places,
+        half,
+        work["turns"],
+        work["tables"],
+        work["cosines"],
+        work["sines"],
+        work["lane_cos"],
+        work["lane_sin"],
+        out,
+        work["tile_out"],
+    )
     return out, saved
 
 
@@ -588,8 +651,31 @@ def _run_back(engine, saved, grad, values_too):
     "Backward: slopes of the numbers (n_entries,) and of the values (n_entries, batch)"
     p, read, w = engine.program, engine.read, saved.work
     lane_slope = np.empty((len(p.lane_angles), grad.shape[1]), grad.dtype)
-    backward(w["states"], saved.keep, w["psi"], w["lam"], grad, 0 if values_too else p.grad_from, p.steps, p.terms, p.masks, p.values, read.words, read.n_diagonal,
-             read.places, w["turns"], w["tables"], w["cosines"], w["sines"], w["lane_cos"], w["lane_sin"], w["tile_grad"], w["shared_slope"], w["table_slope"],
-             lane_slope, w["tile_slope"])
+    backward(
+        w["states"],
+        saved.keep,
+        w["psi"],
+        w["lam"],
+        grad,
+        0 if values_too else p.grad_from,
+        p.steps,
+        p.terms,
+        p.masks,
+        p.values,
+        read.words,
+        read.n_diagonal,
+        read.places,
+        w["turns"],
+        w["tables"],
+        w["cosines"],
+        w["sines"],
+        w["lane_cos"],
+        w["lane_sin"],
+        w["tile_grad"],
+        w["shared_slope"],
+        w["table_slope"],
+        lane_slope,
+        w["tile_slope"],
+    )
     of_values = saved.tables[1].slopes(saved.values, lane_slope).astype(grad.dtype) if values_too else None
     return saved.tables[0].slopes(saved.numbers, w["shared_slope"]).astype(grad.dtype), of_values

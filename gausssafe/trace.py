@@ -49,8 +49,21 @@ def argument_recipe(
 
 # %% ../nbs/16_trace.ipynb #83fe787b
 _aten = torch.ops.aten
-_MOVES = {_aten.select.int, _aten.slice.Tensor, _aten.view.default, _aten._unsafe_view.default, _aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim,
-          _aten.permute.default, _aten.transpose.int, _aten.expand.default, _aten.t.default, _aten.alias.default, _aten.reshape.default}
+_MOVES = {
+    _aten.select.int,
+    _aten.slice.Tensor,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.default,
+    _aten.squeeze.dim,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.expand.default,
+    _aten.t.default,
+    _aten.alias.default,
+    _aten.reshape.default,
+}
 _COPIES = {_aten.clone.default, _aten.detach.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
 
 # %% ../nbs/16_trace.ipynb #9766e2f8
@@ -130,8 +143,14 @@ class Gate:
 # %% ../nbs/16_trace.ipynb #8bea6828
 _PI = math.pi
 _FIXED = {  # name: gates in the order of time, each (name, constant angle or None)
-    "Hadamard": (("Phase", _PI), ("RY", _PI / 2)), "PauliX": (("X", None),), "PauliZ": (("Phase", _PI),), "S": (("Phase", _PI / 2),), "T": (("Phase", _PI / 4),),
-    "PauliY": (("Phase", _PI), ("X", None), ("Global", -_PI / 2)), "SWAP": (("SWAP", None),), "Identity": (),
+    "Hadamard": (("Phase", _PI), ("RY", _PI / 2)),
+    "PauliX": (("X", None),),
+    "PauliZ": (("Phase", _PI),),
+    "S": (("Phase", _PI / 2),),
+    "T": (("Phase", _PI / 4),),
+    "PauliY": (("Phase", _PI), ("X", None), ("Global", -_PI / 2)),
+    "SWAP": (("SWAP", None),),
+    "Identity": (),
 }
 _TURNS = {"RX": "RX", "RY": "RY", "RZ": "RZ", "MultiRZ": "RZ", "IsingZZ": "RZ", "PhaseShift": "Phase", "U1": "Phase"}
 _NOTHING = ("Barrier", "WireCut", "Snapshot")
@@ -142,27 +161,38 @@ def basis_gates(
     controls: tuple[tuple[object, int], ...] = (),  # Wires and values that hold around it
 ) -> Iterator[tuple]:  # (name, wire labels, angle as number, tensor or None, controls)
     "Write a PennyLane gate in our basis, by its decompositions where it has no entry of its own"
-    if op.name in _NOTHING: return
-    if isinstance(op, qml.ops.Controlled): yield from basis_gates(op.base, controls + _own_controls(op))
+    if op.name in _NOTHING:
+        return
+    if isinstance(op, qml.ops.Controlled):
+        yield from basis_gates(op.base, controls + _own_controls(op))
     elif op.name in _FIXED:
-        for name, angle in _FIXED[op.name]: yield name, tuple(op.wires), angle, controls
-    elif op.name in _TURNS: yield _TURNS[op.name], tuple(op.wires), op.data[0], controls
-    elif op.name == "GlobalPhase": yield "Global", (), op.data[0], controls
+        for name, angle in _FIXED[op.name]:
+            yield name, tuple(op.wires), angle, controls
+    elif op.name in _TURNS:
+        yield _TURNS[op.name], tuple(op.wires), op.data[0], controls
+    elif op.name == "GlobalPhase":
+        yield "Global", (), op.data[0], controls
     else:
-        for part in _decomposition(op): yield from basis_gates(part, controls)
+        for part in _decomposition(op):
+            yield from basis_gates(part, controls)
 
 
-def _own_controls(op): return tuple(zip(op.control_wires, [int(value) for value in op.control_values], strict=True))
+def _own_controls(op):
+    return tuple(zip(op.control_wires, [int(value) for value in op.control_values], strict=True))
 
 
 def _decomposition(op):
     "The parts of a gate, or an error that says what to use instead"
     if isinstance(op, (qml.measurements.MidMeasureMP, qml.ops.Conditional)) or "MidMeasure" in op.name:
-        raise InvalidInput(f"{op.name} on wires {list(op.wires)}: mid-circuit measurement is not supported. Use controlled gates and measure at the end (the principle of deferred measurement).")
+        raise InvalidInput(
+            f"{op.name} on wires {list(op.wires)}: mid-circuit measurement is not supported. Use controlled gates and measure at the end (the principle of deferred measurement)."
+        )
     if isinstance(op, qml.operation.Channel):
         raise InvalidInput(f"{op.name} on wires {list(op.wires)} is a noise channel, and states here are pure. Use default.mixed for it.")
-    if op.has_decomposition: return op.decomposition()
-    if op.has_matrix: return qml.QubitUnitary(op.matrix(), wires=op.wires).decomposition()
+    if op.has_decomposition:
+        return op.decomposition()
+    if op.has_matrix:
+        return qml.QubitUnitary(op.matrix(), wires=op.wires).decomposition()
     raise InvalidInput(f"{op.name} on wires {list(op.wires)} has neither a decomposition nor a matrix in PennyLane, so it cannot be compiled.")
 
 # %% ../nbs/16_trace.ipynb #3467f627
@@ -190,18 +220,29 @@ def _words(observable, place, n_wires):
     return tuple(words)
 
 # %% ../nbs/16_trace.ipynb #ba3c7cce
-_READABLE = {qml.measurements.ExpectationMP: "expval", qml.measurements.ProbabilityMP: "probs",
-             qml.measurements.SampleMP: "sample", qml.measurements.CountsMP: "counts"}
+_READABLE = {
+    qml.measurements.ExpectationMP: "expval",
+    qml.measurements.ProbabilityMP: "probs",
+    qml.measurements.SampleMP: "sample",
+    qml.measurements.CountsMP: "counts",
+}
 
 
 def _measurement(m, place, n_wires):
     kind = _READABLE.get(type(m))
     if kind is None:
-        raise InvalidInput(f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the square of the expval).")
+        raise InvalidInput(
+            f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the square of the expval)."
+        )
     missing = [wire for wire in m.wires if wire not in place]
-    if missing: raise InvalidInput(f"{m} measures wire {missing[0]}, but the circuit has only the wires {list(place)}.")
-    if kind == "expval": return Measurement(kind, words=_words(m.obs, place, n_wires))
-    if m.obs is not None: raise InvalidInput(f"{kind} of an observable is not supported: rotate into its basis (observable.diagonalizing_gates()) and return {kind} of the wires.")
+    if missing:
+        raise InvalidInput(f"{m} measures wire {missing[0]}, but the circuit has only the wires {list(place)}.")
+    if kind == "expval":
+        return Measurement(kind, words=_words(m.obs, place, n_wires))
+    if m.obs is not None:
+        raise InvalidInput(
+            f"{kind} of an observable is not supported: rotate into its basis (observable.diagonalizing_gates()) and return {kind} of the wires."
+        )
     return Measurement(kind, wires=tuple(place[wire] for wire in m.wires) or tuple(range(n_wires)))
 
 # %% ../nbs/16_trace.ipynb #4f952915
@@ -242,7 +283,8 @@ def _read(function, arguments, device_wires):
     return raw, tuple(_measurement(m, place, len(place)) for m in measured), place
 
 # %% ../nbs/16_trace.ipynb #a8764e3f
-def _angles(raw): return [torch.as_tensor(angle, dtype=torch.float64).reshape(()) for _, _, angle, _ in raw if angle is not None]
+def _angles(raw):
+    return [torch.as_tensor(angle, dtype=torch.float64).reshape(()) for _, _, angle, _ in raw if angle is not None]
 
 
 def _record(function, shapes, device_wires):
@@ -253,10 +295,14 @@ def _record(function, shapes, device_wires):
         kept[:] = _read(function, dict(zip(shapes, values, strict=True)), device_wires)
         return _angles(kept[0])
 
-    try: graph = make_fx(all_angles)(*_examples(shapes, 0).values())
+    try:
+        graph = make_fx(all_angles)(*_examples(shapes, 0).values())
     except RuntimeError as error:
-        if "tracing" not in str(error): raise
-        raise InvalidInput("the circuit looks at the value of an argument (.item(), if, int()), so it is not one circuit. Compute with tensors, or compile one circuit for each case.") from error
+        if "tracing" not in str(error):
+            raise
+        raise InvalidInput(
+            "the circuit looks at the value of an argument (.item(), if, int()), so it is not one circuit. Compute with tensors, or compile one circuit for each case."
+        ) from error
     return graph, *kept
 
 
@@ -271,10 +317,13 @@ def _check_trace(function, shapes, device_wires, graph, raw, measurements):
         again, measured, _ = _read(function, arguments, device_wires)
         same = [g[:2] + g[3:] for g in again] == [g[:2] + g[3:] for g in raw] and measured == measurements
         if not same or not torch.allclose(_stack(_angles(again)), _stack(graph(*arguments.values())), atol=1e-9):
-            raise InvalidInput("the circuit changes with the values of its arguments (an if, a numpy call, a trained observable), so it cannot be compiled once. Keep arguments in gate angles, as torch tensors.")
+            raise InvalidInput(
+                "the circuit changes with the values of its arguments (an if, a numpy call, a trained observable), so it cannot be compiled once. Keep arguments in gate angles, as torch tensors."
+            )
 
 
-def _stack(values): return torch.stack([*values, torch.zeros((), dtype=torch.float64)])
+def _stack(values):
+    return torch.stack([*values, torch.zeros((), dtype=torch.float64)])
 
 # %% ../nbs/16_trace.ipynb #15ac6e92
 def _sources(node, seen=None):
@@ -310,19 +359,26 @@ def _without_recipe(graph, nodes):
     return module
 
 # %% ../nbs/16_trace.ipynb #e55a35ac
-def _key(recipe, number): return number if recipe is None else (recipe.source, int(recipe.index), float(recipe.scale), float(recipe.shift), recipe.arcsin)
+def _key(recipe, number):
+    return number if recipe is None else (recipe.source, int(recipe.index), float(recipe.scale), float(recipe.shift), recipe.arcsin)
 
 
 def _number_slots(angles, per_sample):
     "Angle of each recorded angle; then recipe, nature and node of each slot"
     slots, refs, recipes, sample, nodes = {}, [], [], [], []
     for number, (node, names, value) in enumerate(angles):
-        if not names: refs.append(Angle(None, 0.0, float(value))); continue
+        if not names:
+            refs.append(Angle(None, 0.0, float(value)))
+            continue
         scale, recipe = (1.0, None) if value is None else (-1.0 if float(value.scale) < 0 else 1.0, value)
-        if scale < 0: recipe = recipe.mapped(-1.0, 0.0)
+        if scale < 0:
+            recipe = recipe.mapped(-1.0, 0.0)
         key = _key(recipe, number)
         if key not in slots:
-            slots[key] = len(slots); recipes.append(recipe); sample.append(bool(names & set(per_sample))); nodes.append(node)
+            slots[key] = len(slots)
+            recipes.append(recipe)
+            sample.append(bool(names & set(per_sample)))
+            nodes.append(node)
         refs.append(Angle(slots[key], scale, 0.0))
     return refs, recipes, sample, [n for n, r in zip(nodes, recipes, strict=True) if r is None]
 
@@ -337,16 +393,22 @@ def trace(
     wires, shots = None, None
     if isinstance(function, qml.QNode):
         wires, shots, function = function.device.wires or None, function.shots.total_shots, _inner(function)
-    if any(math.prod(shape) == 0 for shape in shapes.values()): raise InvalidInput(f"an argument is empty: {shapes}")
+    if any(math.prod(shape) == 0 for shape in shapes.values()):
+        raise InvalidInput(f"an argument is empty: {shapes}")
     graph, raw, measurements, place = _record(function, shapes, wires)
     _check_trace(function, shapes, wires, graph, raw, measurements)
     refs, recipes, sample, nodes = _number_slots(_slots(graph, shapes), per_sample)
     angles = iter(refs)
-    gates = tuple(Gate(name, tuple(place[w] for w in on), None if angle is None else next(angles), tuple((place[w], v) for w, v in controls))
-                  for name, on, angle, controls in raw)
-    return Circuit(len(place), gates, measurements, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots)
+    gates = tuple(
+        Gate(name, tuple(place[w] for w in on), None if angle is None else next(angles), tuple((place[w], v) for w, v in controls))
+        for name, on, angle, controls in raw
+    )
+    return Circuit(
+        len(place), gates, measurements, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots
+    )
 
 
 def _inner(qnode):
-    if len(qnode.transform_program): raise InvalidInput(f"the QNode carries transforms ({qnode.transform_program}), which would be lost: compile the plain QNode.")
+    if len(qnode.transform_program):
+        raise InvalidInput(f"the QNode carries transforms ({qnode.transform_program}), which would be lost: compile the plain QNode.")
     return qnode.func

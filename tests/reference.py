@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 
-
 # memory: bytes of a small tensor program, by bookkeeping alone
 
 

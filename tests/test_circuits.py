@@ -1,4 +1,5 @@
 "Plans against default.qubit and against a slow state vector: random gates, wires, templates, data re-uploading, chunks, limits"
+
 import functools
 import math
 import threading
@@ -9,12 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import circuit_expvals
 
 import gausssafe.circuits as circuits
 from gausssafe.circuits import QuantumLayer, compile_circuit
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
-
-from reference import circuit_expvals
 
 TURNS = [qml.RX, qml.RY, qml.RZ, qml.PhaseShift]
 TURNS2 = [qml.CRX, qml.CRY, qml.CRZ, qml.ControlledPhaseShift, qml.IsingXX, qml.IsingYY, qml.IsingZZ, qml.SingleExcitation]
@@ -43,14 +43,25 @@ def built(program):
     def circuit(inputs, w):
         for gate, wires, kind, source, at in gates:
             angle = {"w": w[at], "inputs": inputs[..., at] * 2 - 1, "mixed": inputs[..., at] * w[0] + 0.3, "number": 0.7}[source]
-            if kind == "turn": gate(angle, wires=wires[0])
-            elif kind == "turn2": gate(angle, wires=wires[:2])
-            elif kind == "fixed": gate(wires=wires[0])
-            elif kind == "fixed2": gate(wires=wires[:2])
-            else: gate(wires=wires[:3])
-        if measured == "z": return [qml.expval(qml.PauliZ(i)) for i in range(n)]
-        if measured == "words": return [qml.expval(qml.PauliX(0) @ qml.PauliY(1)), qml.expval(0.5 * qml.PauliZ(0) - 2 * qml.PauliY(1) @ qml.PauliX(0) + 0.1 * qml.Identity(0))]
-        if measured == "probs": return [qml.probs(wires=[1, 0]), qml.expval(qml.PauliY(0))]
+            if kind == "turn":
+                gate(angle, wires=wires[0])
+            elif kind == "turn2":
+                gate(angle, wires=wires[:2])
+            elif kind == "fixed":
+                gate(wires=wires[0])
+            elif kind == "fixed2":
+                gate(wires=wires[:2])
+            else:
+                gate(wires=wires[:3])
+        if measured == "z":
+            return [qml.expval(qml.PauliZ(i)) for i in range(n)]
+        if measured == "words":
+            return [
+                qml.expval(qml.PauliX(0) @ qml.PauliY(1)),
+                qml.expval(0.5 * qml.PauliZ(0) - 2 * qml.PauliY(1) @ qml.PauliX(0) + 0.1 * qml.Identity(0)),
+            ]
+        if measured == "probs":
+            return [qml.probs(wires=[1, 0]), qml.expval(qml.PauliY(0))]
         return [qml.expval(qml.Hermitian(np.array([[1, 2j], [-2j, 0.5]]), wires=0))]
 
     return circuit
@@ -84,7 +95,8 @@ def test_random_circuits_agree_with_default_qubit(program, engine, seed):
     plan = compile_circuit(circuit, {"inputs": (3,), "w": (3,)}, engine=engine)
     (y, grads), (expected, slow_grads) = both(plan, circuit, n, *sample(seed))
     assert (y - expected).abs().max() < 1e-12
-    for ours, theirs in zip(grads, slow_grads, strict=True): assert (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max())
+    for ours, theirs in zip(grads, slow_grads, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max())
 
 
 def templates(inputs, w):
@@ -130,7 +142,8 @@ def test_against_an_independent_state_vector():
     gates = [("RY", 0, 0.3), ("RX", 1, -1.1), ("CNOT", (0, 2), None), ("RZ", 2, 0.8), ("RX", 2, 2.0), ("CNOT", (2, 1), None), ("RY", 1, 0.4)]
 
     def circuit(inputs):
-        for name, wires, angle in gates: getattr(qml, name)(*([] if angle is None else [angle + 0 * inputs[0]]), wires=wires)
+        for name, wires, angle in gates:
+            getattr(qml, name)(*([] if angle is None else [angle + 0 * inputs[0]]), wires=wires)
         return [qml.expval(qml.PauliZ(i)) for i in range(3)]
 
     y = compile_circuit(circuit, {"inputs": (1,)})(inputs=torch.zeros(2, 1, dtype=torch.float64))
@@ -138,7 +151,8 @@ def test_against_an_independent_state_vector():
 
 
 @functools.cache
-def limited(limit): return compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)}, engine="statevector", memory_limit=limit)
+def limited(limit):
+    return compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)}, engine="statevector", memory_limit=limit)
 
 
 @settings(max_examples=25, deadline=None)
@@ -146,42 +160,51 @@ def limited(limit): return compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)
 def test_chunks_do_not_change_the_answer(batch, limit):
     x, w = torch.rand(batch, 3, dtype=torch.float64), torch.rand(4, 3, 3, dtype=torch.float64, requires_grad=True)
     whole, chunked = limited(None), limited(limit)
-    try: y = chunked(inputs=x, w=w)
+    try:
+        y = chunked(inputs=x, w=w)
     except MemoryBudgetExceeded as refused:
         assert refused.needed_bytes > limit and "batch_size <=" in str(refused)
         return
     expected = whole(inputs=x, w=w)
-    gradient, = torch.autograd.grad(y.square().sum(), w)
+    (gradient,) = torch.autograd.grad(y.square().sum(), w)
     assert torch.allclose(y, expected, atol=1e-13) and torch.allclose(gradient, torch.autograd.grad(expected.square().sum(), w)[0], atol=1e-11)
-    if limit: assert chunked.estimate_bytes(batch, dtype=torch.float64) <= limit
+    if limit:
+        assert chunked.estimate_bytes(batch, dtype=torch.float64) <= limit
 
 
 def test_gradients_twice_and_threads():
     x, w = torch.rand(20, 3), torch.rand(4, 3, 3, requires_grad=True)
     plan = compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)}, engine="statevector")
     y = plan(inputs=x, w=w)
-    first, = torch.autograd.grad(y.sum(), w, retain_graph=True)
+    (first,) = torch.autograd.grad(y.sum(), w, retain_graph=True)
     plan(inputs=torch.rand(20, 3), w=w).sum().backward()
     assert torch.equal(first, torch.autograd.grad(y.sum(), w)[0])
     found = {}
 
-    def work(i): found[i] = [plan(inputs=x * i, w=w).detach() for _ in range(5)]
+    def work(i):
+        found[i] = [plan(inputs=x * i, w=w).detach() for _ in range(5)]
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    for i, ys in found.items(): assert all(torch.equal(a, plan(inputs=x * i, w=w)) for a in ys)
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, ys in found.items():
+        assert all(torch.equal(a, plan(inputs=x * i, w=w)) for a in ys)
 
 
 def test_second_derivative_is_an_error():
     w = torch.rand(1, 3, 3, requires_grad=True)
     plan = compile_circuit(deep, {"inputs": (3,), "w": (1, 3, 3)})
-    with pytest.raises(RuntimeError, match="no second derivatives"): torch.autograd.grad(plan(inputs=torch.rand(2, 3), w=w).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(plan(inputs=torch.rand(2, 3), w=w).sum(), w, create_graph=True)
 
 
 def test_the_calls_of_the_manual():
     @qml.qnode(qml.device("default.qubit", wires=4))
     def qnode(inputs, w):
-        qml.AngleEmbedding(inputs, wires=range(4)); qml.StronglyEntanglingLayers(w, wires=range(4))
+        qml.AngleEmbedding(inputs, wires=range(4))
+        qml.StronglyEntanglingLayers(w, wires=range(4))
         return [qml.expval(qml.PauliZ(i)) for i in range(4)]
 
     layer = QuantumLayer(qnode, {"w": (3, 4, 3)}, memory_limit="200MB")
@@ -195,13 +218,21 @@ def test_the_calls_of_the_manual():
     assert torch.equal(plan(inputs=x[0], w=layer.w), layer(x[0])) and plan.engine in plan.explain() and plan.estimate_bytes(batch=4096) > 0
 
 
-def one(inputs): qml.RY(torch.arcsin(inputs[0]), wires=0); return qml.expval(qml.PauliZ(0))
+def one(inputs):
+    qml.RY(torch.arcsin(inputs[0]), wires=0)
+    return qml.expval(qml.PauliZ(0))
 
 
-def measured_halfway(inputs): qml.RX(inputs[0], wires=0); qml.measure(0); return qml.expval(qml.PauliZ(0))
+def measured_halfway(inputs):
+    qml.RX(inputs[0], wires=0)
+    qml.measure(0)
+    return qml.expval(qml.PauliZ(0))
 
 
-def noisy(inputs): qml.RX(inputs[0], wires=0); qml.AmplitudeDamping(0.1, wires=0); return qml.expval(qml.PauliZ(0))
+def noisy(inputs):
+    qml.RX(inputs[0], wires=0)
+    qml.AmplitudeDamping(0.1, wires=0)
+    return qml.expval(qml.PauliZ(0))
 
 
 @qml.qnode(qml.device("default.qubit", wires=2))
@@ -210,27 +241,45 @@ def elsewhere(inputs):
     return qml.expval(qml.PauliZ(7))
 
 
-@pytest.mark.parametrize(("circuit", "message"), [(measured_halfway, "deferred measurement"), (noisy, "default.mixed"), (elsewhere, "wire 7.*wires \\[0, 1\\]"),
-                                                  (lambda inputs: [], "zero qubits"), (lambda inputs: (qml.RX(inputs[0], wires=0), qml.var(qml.PauliZ(0)))[1], "not supported: return expval")])
+@pytest.mark.parametrize(
+    ("circuit", "message"),
+    [
+        (measured_halfway, "deferred measurement"),
+        (noisy, "default.mixed"),
+        (elsewhere, "wire 7.*wires \\[0, 1\\]"),
+        (lambda inputs: [], "zero qubits"),
+        (lambda inputs: (qml.RX(inputs[0], wires=0), qml.var(qml.PauliZ(0)))[1], "not supported: return expval"),
+    ],
+)
 def test_what_cannot_be_compiled(circuit, message):
-    with pytest.raises(InvalidInput, match=message): compile_circuit(circuit, {"inputs": (1,)})
+    with pytest.raises(InvalidInput, match=message):
+        compile_circuit(circuit, {"inputs": (1,)})
 
 
 @pytest.mark.parametrize("engine", ["heisenberg", "statevector"])
-@pytest.mark.parametrize(("x", "error", "message"), [
-    (torch.tensor([[0.2], [1.5]]), InvalidInput, r"1 of 2 values of inputs lie outside \[-1, 1\] \(largest magnitude 1.5\)"),
-    (torch.tensor([[0.2], [math.nan]]), NotFinite, "inputs: 1 of 2"), (torch.zeros(3, 2), InvalidInput, r"shape \(3, 2\); the circuit was compiled for \(batch, 1\)"),
-    (torch.zeros(3, 1, dtype=torch.int64), InvalidInput, "float32 or float64")])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.tensor([[0.2], [1.5]]), InvalidInput, r"1 of 2 values of inputs lie outside \[-1, 1\] \(largest magnitude 1.5\)"),
+        (torch.tensor([[0.2], [math.nan]]), NotFinite, "inputs: 1 of 2"),
+        (torch.zeros(3, 2), InvalidInput, r"shape \(3, 2\); the circuit was compiled for \(batch, 1\)"),
+        (torch.zeros(3, 1, dtype=torch.int64), InvalidInput, "float32 or float64"),
+    ],
+)
 def test_bad_arguments(engine, x, error, message):
-    with pytest.raises(error, match=message): compile_circuit(one, {"inputs": (1,)}, engine=engine)(inputs=x)
+    with pytest.raises(error, match=message):
+        compile_circuit(one, {"inputs": (1,)}, engine=engine)(inputs=x)
 
 
 def test_bad_weights_and_limits():
     plan = compile_circuit(deep, {"inputs": (3,), "w": (1, 3, 3)}, engine="statevector")
-    with pytest.raises(NotFinite, match="w: 9 of 9"): plan(inputs=torch.rand(2, 3), w=torch.full((1, 3, 3), math.inf))
-    with pytest.raises(InvalidInput, match="takes inputs, w; it was given inputs"): plan(inputs=torch.rand(2, 3))
+    with pytest.raises(NotFinite, match="w: 9 of 9"):
+        plan(inputs=torch.rand(2, 3), w=torch.full((1, 3, 3), math.inf))
+    with pytest.raises(InvalidInput, match="takes inputs, w; it was given inputs"):
+        plan(inputs=torch.rand(2, 3))
     small = compile_circuit(deep, {"inputs": (3,), "w": (1, 3, 3)}, engine="statevector", memory_limit=100)
-    with pytest.raises(MemoryBudgetExceeded, match="Even one sample needs"): small(inputs=torch.rand(2, 3), w=torch.rand(1, 3, 3))
+    with pytest.raises(MemoryBudgetExceeded, match="Even one sample needs"):
+        small(inputs=torch.rand(2, 3), w=torch.rand(1, 3, 3))
 
 
 def test_equal_circuits_share_an_engine():
