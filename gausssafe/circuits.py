@@ -40,7 +40,10 @@ class _Evaluate(torch.autograd.Function):
         return None, torch.from_numpy(samples).T if samples_too else None, torch.from_numpy(shared) if shared_too else None
 
 
-_NO_SECOND = "create_graph=True reached a compiled circuit, which has no second derivatives. Detach its output where they are not meant, or use a QNode with diff_method='backprop'."
+_NO_SECOND = (
+    "create_graph=True reached a compiled circuit, which has no second derivatives. Detach its output where they are not meant, "
+    "or use a QNode with diff_method='backprop'."
+)
 
 # %% ../nbs/22_circuits.ipynb #2487475b
 def _limits(circuit, latents, batched):
@@ -177,7 +180,7 @@ def _tangle(self, arguments, batch, flat, single):
     values = [arguments[name] for name in self._batched]
     dims = tuple(0 if is_batched else None for is_batched in self._batched.values())
     kinds = [sample for recipe, sample in zip(self.circuit.recipes, self.circuit.per_slot_sample, strict=True) if recipe is None]
-    compute = lambda *given: tuple(self.circuit.tangled(*given))
+    def compute(*given): return tuple(self.circuit.tangled(*given))
     found = torch.vmap(compute, in_dims=dims, out_dims=tuple(0 if sample else None for sample in kinds))(*values) if 0 in dims else compute(*values)
     for value, sample in zip(found, kinds, strict=True):
         (flat if sample else single).append(value.reshape(batch, 1) if sample else value.reshape(1))
@@ -241,7 +244,8 @@ def explain(self) -> str:
     circuit, limit = self.circuit, "what the machine has" if self.limit_bytes is None else format_bytes(self.limit_bytes)
     per_sample = sum(circuit.per_slot_sample)
     lines = [
-        f"{circuit.n_wires} qubits, {len(circuit.gates)} gates, {per_sample} angles per sample, {len(circuit.recipes) - per_sample} shared, {self.n_results} results",
+        f"{circuit.n_wires} qubits, {len(circuit.gates)} gates, {per_sample} angles per sample, {len(circuit.recipes) - per_sample} shared, "
+            f"{self.n_results} results",
         f"engine {self.engine}: {self._engine.describe()}",
         f"memory limit: {limit}; a batch of 256 in float32 needs {format_bytes(self.estimate_bytes(256))}",
     ]

@@ -96,7 +96,7 @@ def expand(
     shared = None if split is None else _plain(split[1])
     if shared is None: return None
     numbers, lanes = {}, {}
-    count = lambda table, angle: table.setdefault(angle, len(table))
+    def count(table, angle): return table.setdefault(angle, len(table))
     for r in split[0]: count(lanes if r.angle.slot is not None and per_slot_sample[r.angle.slot] else numbers, r.angle)
     most = min(_MOST_COUPLES, 600 + (len(shared) << rotations.n_qubits))
     walks, slots, couples = [], 0, 0
@@ -175,7 +175,7 @@ def assemble_words(expansion: Expansion, n_qubits: int) -> WordProgram:
                 continue
             terms.append((slot, entries.setdefault((monomials.of(product[0]), observable), len(entries))))
             signs.append(factor * product[1])
-    ints = lambda rows, width: np.array(list(rows), dtype=np.int64).reshape(-1, width)
+    def ints(rows, width): return np.array(list(rows), dtype=np.int64).reshape(-1, width)
     couples = [c for walk in expansion.walks for c in walk.couples]
     return WordProgram(
         np.array([walk.first for walk in expansion.walks], dtype=np.int64),
@@ -402,7 +402,8 @@ class Heisenberg:
 
     def describe(self) -> str:
         p = self.program
-        return f"{p.n_slots} Pauli words, {len(p.couples)} couples turned once a call; {len(p.monomials)} monomials and {len(p.entries)} products a sample"
+        return (f"{p.n_slots} Pauli words, {len(p.couples)} couples turned once a call; {len(p.monomials)} monomials and {len(p.entries)} "
+            f"products a sample")
 
     def fixed_bytes(self, itemsize: int) -> int:
         return 8 * (3 * self.program.n_slots + 3 * len(self.shared)) + (16 + itemsize) * len(self.program.entries)

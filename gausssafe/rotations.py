@@ -227,7 +227,7 @@ class AngleTable:
 
     def __init__(self, angles: tuple[Angle, ...], entries: list[tuple]):
         rows = [(0, 0.0, a.shift, False) if a.slot is None else self._row(a, *entries[a.slot]) for a in angles]
-        column = lambda i, kind: np.array([row[i] for row in rows], dtype=kind)
+        def column(i, kind): return np.array([row[i] for row in rows], dtype=kind)
         self.entry, self.scale, self.shift, self.arcsin = column(0, np.int64), column(1, float), column(2, float), column(3, bool)
 
     @staticmethod

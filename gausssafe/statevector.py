@@ -33,9 +33,9 @@ def _odd(bits):
 
 @_jit
 def _closed(p, masks, values, first, last):
-    for i in range(first, last):
-        if _odd(p & masks[i]) != values[i]: return True
-    return False
+    closed = False
+    for i in range(first, last): closed |= _odd(p & masks[i]) != values[i]
+    return closed
 
 # %% ../nbs/18_statevector.ipynb #3d290f44
 @_jit
@@ -192,7 +192,7 @@ def assemble(
     "Write rotations as arrays"
     a = _Assembler(per_slot_sample)
     for rotation in rotations.rotations: a.add(rotation)
-    ints = lambda rows, width: np.array(rows, dtype=np.int64).reshape(-1, width) if width > 1 else np.array(rows, dtype=np.int64)
+    def ints(rows, width): return np.array(rows, dtype=np.int64).reshape(-1, width) if width > 1 else np.array(rows, dtype=np.int64)
     trained = [i for i, step in enumerate(a.steps) if _is_trained(a, step)]
     return Program(rotations.n_qubits, ints(a.steps, 9), ints(a.terms, 4), ints(a.masks, 1), ints(a.values, 1), a.tables,
                    tuple(a.angles), tuple(a.lane_angles), min(trained, default=len(a.steps)))
@@ -559,7 +559,8 @@ class StateVector:
 
     def describe(self) -> str:
         steps = self.program.steps[:, _KIND]
-        return f"states of {self.rows} amplitudes; {int((steps == TURN).sum())} shared and {int((steps == LANE_TURN).sum())} per-sample turns, {int((steps == PHASES).sum() + (steps == LANE_PHASE).sum())} diagonals"
+        return (f"states of {self.rows} amplitudes; {int((steps == TURN).sum())} shared and {int((steps == LANE_TURN).sum())} per-sample "
+            f"turns, {int((steps == PHASES).sum() + (steps == LANE_PHASE).sum())} diagonals")
 
     def lane_bytes(self, itemsize: int) -> int:
         "Bytes of one lane of the tile: state and cotangent, cosines and sines, results and slopes"
@@ -591,7 +592,7 @@ class StateVector:
 # %% ../nbs/18_statevector.ipynb #4c04bc68
 def _workspace(engine, batch, dtype, tile, keep):
     p, n_out = engine.program, engine.read.n_channels
-    new = lambda *shape: np.empty(shape, dtype)
+    def new(*shape): return np.empty(shape, dtype)
     work = dict(
         psi=new(engine.rows, 2 * tile),
         lam=new(engine.rows, 2 * tile),

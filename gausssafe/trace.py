@@ -185,7 +185,8 @@ def _decomposition(op):
     "The parts of a gate, or an error that says what to use instead"
     if isinstance(op, (qml.measurements.MidMeasureMP, qml.ops.Conditional)) or "MidMeasure" in op.name:
         raise InvalidInput(
-            f"{op.name} on wires {list(op.wires)}: mid-circuit measurement is not supported. Use controlled gates and measure at the end (the principle of deferred measurement)."
+            f"{op.name} on wires {list(op.wires)}: mid-circuit measurement is not supported. Use controlled gates and measure at the end "
+                f"(the principle of deferred measurement)."
         )
     if isinstance(op, qml.operation.Channel):
         raise InvalidInput(f"{op.name} on wires {list(op.wires)} is a noise channel, and states here are pure. Use default.mixed for it.")
@@ -232,7 +233,8 @@ def _measurement(m, place, n_wires):
     kind = _READABLE.get(type(m))
     if kind is None:
         raise InvalidInput(
-            f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the square of the expval)."
+            f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the "
+                f"square of the expval)."
         )
     missing = [wire for wire in m.wires if wire not in place]
     if missing:
@@ -301,7 +303,8 @@ def _record(function, shapes, device_wires):
         if "tracing" not in str(error):
             raise
         raise InvalidInput(
-            "the circuit looks at the value of an argument (.item(), if, int()), so it is not one circuit. Compute with tensors, or compile one circuit for each case."
+            "the circuit looks at the value of an argument (.item(), if, int()), so it is not one circuit. Compute with tensors, or compile "
+                "one circuit for each case."
         ) from error
     return graph, *kept
 
@@ -318,7 +321,8 @@ def _check_trace(function, shapes, device_wires, graph, raw, measurements):
         same = [g[:2] + g[3:] for g in again] == [g[:2] + g[3:] for g in raw] and measured == measurements
         if not same or not torch.allclose(_stack(_angles(again)), _stack(graph(*arguments.values())), atol=1e-9):
             raise InvalidInput(
-                "the circuit changes with the values of its arguments (an if, a numpy call, a trained observable), so it cannot be compiled once. Keep arguments in gate angles, as torch tensors."
+                "the circuit changes with the values of its arguments (an if, a numpy call, a trained observable), so it cannot be compiled "
+                    "once. Keep arguments in gate angles, as torch tensors."
             )
 
 
