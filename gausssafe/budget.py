@@ -188,7 +188,7 @@ _NOISE_BYTES = 32 * 2**20  # By which a process grows for its own reasons: impor
 class BatchTrial:
     "One batch size of a search"
     batch: int
-    seconds: float | None  # Counting included (~30 us an operation); None if it was not run
+    seconds: float | None  # Counting included (~50 us an operation); None if it was not run
     predicted_bytes: int | None  # From the sizes before; None for the first
     peak_bytes: int | None  # Tensors, or what the process grew by (less 32 MiB of noise) where that is more
     status: str  # "fits", "over", "oom", "timeout"; "not tried: memory" or "not tried: time"

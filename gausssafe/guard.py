@@ -5,12 +5,17 @@
 # %% auto #0
 __all__ = ['Process', 'read_process', 'descendants', 'pss_bytes', 'high_water_bytes', 'command_line', 'Tree', 'ProcTree',
            'sleep_s', 'Trace', 'Cells', 'mapped_segments', 'SharedMemory', 'Cgroup', 'find_cgroup', 'CgroupTree',
-           'PsTree', 'GuardSpec', 'guard_command', 'Record', 'Guard', 'main', 'run_guarded', 'clear_leftovers']
+           'PsTree', 'GuardSpec', 'guard_command', 'Record', 'Watch', 'Guard', 'main', 'run_guarded', 'clear_leftovers']
 
 # %% ../nbs/60_guard.ipynb #021a15d2
+import os
+
+if os.name != "posix": raise ImportError("gausssafe guards processes on Linux and macOS; on Windows, run it inside WSL2")
+
+# %% ../nbs/60_guard.ipynb #f28e3ffe
 import ctypes
 import json
-import os
+import re
 import select
 import signal
 import sys
@@ -76,9 +81,12 @@ def descendants(
 ) -> list[int]:  # Children, their children, ...
     "Every living process below `root`"
     lists = None if os.path.exists(f"/proc/{root}/task/{root}/children") else _child_lists()
-    found = [root]
-    for pid in found: found += [p for p in (_children(pid) if lists is None else lists.get(pid, [])) if p not in found]
-    return found[1:]
+    found, queue = {root: None}, [root]  # a process may change its parent, and show up twice, while we walk
+    for pid in queue:
+        fresh = [p for p in (_children(pid) if lists is None else lists.get(pid, [])) if p not in found]
+        found |= dict.fromkeys(fresh)
+        queue += fresh
+    return queue[1:]
 
 # %% ../nbs/60_guard.ipynb #59b66801
 def _field_bytes(path, name):
@@ -107,6 +115,48 @@ def command_line(
     "What a process was started as"
     return _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()[:200]
 
+# %% ../nbs/60_guard.ipynb #6ac27a60
+_KCMP, _KCMP_VM = {"x86_64": 312, "aarch64": 272, "riscv64": 272}.get(os.uname().machine), 1
+
+
+def _borrows_memory(process):
+    "Whether a process still lives in its parent's memory"
+    answer = ctypes.CDLL(None).syscall(_KCMP, process.pid, process.parent, _KCMP_VM, 0, 0) if _KCMP else -1
+    if answer >= 0: return answer == 0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / os.sysconf("SC_CLK_TCK") < 0.05
+
+# %% ../nbs/60_guard.ipynb #3ab0f3d5
+def _backed_bytes(pid):
+    "Resident anonymous memory of a process, and its resident file and shared memory"
+    fields = _read(f"/proc/{pid}/statm").split()
+    return ((int(fields[1]) - int(fields[2])) * _PAGE, int(fields[2]) * _PAGE) if fields else (0, 0)
+
+
+class _Look:
+    "The PSS of some processes, and what follows from it later without asking again"
+
+    def __init__(self, processes):
+        self.then, self.pss, self.backed, began_s = processes, 0, {}, time.monotonic()
+        for pid, process in processes.items():
+            pss = pss_bytes(pid)
+            self.pss += process.rss_bytes if pss is None else pss
+            self.backed[pid] = _backed_bytes(pid)  # after its PSS: what comes between is not counted twice
+        self.took_s = time.monotonic() - began_s
+
+    def at_most(self, now):
+        if now.keys() != self.then.keys(): return float("inf")
+        grown = [(p.rss_bytes - self.then[pid].rss_bytes, p.faults - self.then[pid].faults) for pid, p in now.items()]
+        return self.pss + sum(max(0, rss) + faults * _PAGE for rss, faults in grown)
+
+    def at_least(self, now):
+        if not self.then or not self.then.keys() <= now.keys(): return 0
+        changes = [(n - m for n, m in zip(_backed_bytes(pid), self.backed[pid], strict=True)) for pid in self.then]
+        return self.pss + sum(anonymous + min(0, shared) for anonymous, shared in changes)
+
+    def probably(self, now):
+        changes = (p.rss_bytes - sum(self.backed[pid]) if pid in self.then else min(p.rss_bytes, p.faults * _PAGE) for pid, p in now.items())
+        return self.pss + sum(changes)
+
 # %% ../nbs/60_guard.ipynb #a789d82b
 class Tree:
     "What the guard asks of a process tree; each tier answers in its own way"
@@ -129,7 +179,7 @@ class ProcTree(Tree):
     def __init__(self, root, limit_bytes=None):
         super().__init__(root, limit_bytes)
         self._newest, self._walks_due, self._walked_s = None, 0, 0.0
-        self._base, self._pss, self._next_look_s = {}, 0, 0.0
+        self._look, self._next_look_s, self._distinct = _Look({}), 0.0, set()
 
     def pids(self):
         self.known = descendants(self.root)
@@ -142,7 +192,15 @@ class ProcTree(Tree):
         if self._walks_due > 0 or now_s - self._walked_s > 0.25:
             self._walked_s, self._walks_due = now_s, self._walks_due - 1
             self.pids()
-        return {p.pid: p for p in map(read_process, self.known) if p}
+        return self._without_borrowers({p.pid: p for p in map(read_process, self.known) if p})
+
+    def _without_borrowers(self, found):
+        for process in [p for p in found.values() if p.parent in found and (p.pid, p.start_ticks) not in self._distinct]:
+            again = None if _borrows_memory(process) else read_process(process.pid)  # what was read before may be its parent's
+            if again is None: del found[process.pid]
+            else: found[process.pid] = again
+        self._distinct = {(p.pid, p.start_ticks) for p in found.values()}
+        return found
 
     def read(self, exact=False):
         "Bytes the tree occupies; above the limit only if measured so"
@@ -150,25 +208,17 @@ class ProcTree(Tree):
         rss = self.bound_bytes = sum(p.rss_bytes for p in now.values())
         if len(now) < 2: return rss
         largest = max(p.rss_bytes for p in now.values())
-        self.bound_bytes = min(rss, self._bound(now))
+        self.bound_bytes = min(rss, self._look.at_most(now))
         doubtful = self.bound_bytes > self.limit_bytes >= largest
-        if exact or doubtful or time.monotonic() > self._next_look_s: self._look(now)
-        return min(rss, max(largest, self._estimate(now)))
+        if doubtful and not exact and (surely := self._look.at_least(now)) > self.limit_bytes: return surely
+        if exact or doubtful or time.monotonic() > self._next_look_s: return self._look_again(now)
+        return min(rss, max(largest, self._look.probably(now)))
 
-    def _look(self, now):
-        began_s = time.monotonic()
-        self._pss = sum(p.rss_bytes if (pss := pss_bytes(p.pid)) is None else pss for p in now.values())
-        self._base, self.bound_bytes = now, self._pss
-        self._next_look_s = time.monotonic() + max(0.5, 200 * (time.monotonic() - began_s))
-
-    def _bound(self, now):
-        if now.keys() != self._base.keys(): return float("inf")
-        grown = [(p.rss_bytes - self._base[pid].rss_bytes, p.faults - self._base[pid].faults) for pid, p in now.items()]
-        return self._pss + sum(max(0, rss) + faults * _PAGE for rss, faults in grown)
-
-    def _estimate(self, now):
-        grown = sum(p.rss_bytes - self._base[pid].rss_bytes if pid in self._base else min(p.rss_bytes, p.faults * _PAGE) for pid, p in now.items())
-        return self._pss + grown
+    def _look_again(self, now):
+        self._look = _Look(now)
+        self._next_look_s = time.monotonic() + max(0.5, 200 * self._look.took_s)
+        self.bound_bytes = self._look.pss
+        return self._look.pss
 
 # %% ../nbs/60_guard.ipynb #71f4e708
 _SPEED = 4e9  # Bytes a second that one core can touch for the first time
@@ -357,7 +407,7 @@ class CgroupTree(ProcTree):
 # %% ../nbs/60_guard.ipynb #bf37e94d
 class PsTree(Tree):
     "Tier `poll`: what `ps` can say, wherever POSIX is"
-    pause_s = 0.2
+    pause_s, _over = 0.2, 0
 
     def processes(self):
         "Living descendants by pid, and those that once were"
@@ -378,6 +428,11 @@ class PsTree(Tree):
         self.bound_bytes = sum(p.rss_bytes for p in self.processes().values())
         return self.bound_bytes
 
+    def exceeded(self, used_bytes):
+        "Seen twice in a row, as one look may count a child of vfork with its parent's memory"
+        self._over = self._over + 1 if used_bytes > self.limit_bytes else 0
+        return self._over > 1
+
 # %% ../nbs/60_guard.ipynb #b7c2dea9
 class GuardSpec(NamedTuple):
     "What one run may use, and where its end is written down"
@@ -386,6 +441,7 @@ class GuardSpec(NamedTuple):
     timeout_s: float | None = None
     status_path: str | None = None  # JSON, written when everything is over
     private_dir: str | None = None  # Removed if the runner died, as nobody else will
+    answer_fd: int | None = None  # Gets a byte for each mark that was dealt with
     runner_pid: int | None = None  # Watched besides the lifeline, whose end may have leaked into another process
     tier: str | None = None  # "cgroup2", "guard" or "poll"; None takes the best there is
     cgroup: str | None = None  # Group to make ours in; None looks for one
@@ -401,7 +457,6 @@ def guard_command(
     spec: GuardSpec,  # What the run may use
 ) -> list[str]:  # To be followed by the command to guard, with a pipe as its stdin: the lifeline
     "The command line of a guard"
-    if os.name != "posix": raise NotImplementedError("gausssafe guards processes on Linux and macOS; on Windows, run it inside WSL2")
     return [sys.executable, "-I", "-S", _script(), json.dumps({k: v for k, v in spec._asdict().items() if v is not None}), "--"]
 
 # %% ../nbs/60_guard.ipynb #1f5dfed8
@@ -422,7 +477,7 @@ def _adopt_orphans():
 
 
 def _raise_priority():
-    with suppress(AttributeError, OSError): os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    with suppress(OSError): os.setpriority(os.PRIO_PROCESS, 0, -20)
     if sys.platform == "linux": _libc("mlockall", _MCL_CURRENT_FUTURE_ONFAULT)
 
 # %% ../nbs/60_guard.ipynb #0c4a919c
@@ -461,8 +516,9 @@ def _start(command, marks, group):
     finally: os._exit(127)
 
 # %% ../nbs/60_guard.ipynb #5c158be3
-def _send(pid, number, send=os.kill):
-    with suppress(OSError): send(pid, number)
+def _send(target, what, send=os.kill):
+    "Send to somebody who may be gone"
+    with suppress(OSError): send(target, what)
 
 
 def _freeze(tree):
@@ -481,8 +537,8 @@ def _freeze(tree):
 class Record:
     "What is known of one run"
 
-    def __init__(self, spec):
-        self.spec, self.began_s, self.containment = spec, time.monotonic(), None
+    def __init__(self, spec, containment):
+        self.spec, self.began_s, self.containment = spec, time.monotonic(), containment
         self.reason = self.exit_code = None
         self.peak_bytes = self.used_bytes = self.kernel_hwm_bytes = 0
         self.cells, self.trace = Cells(), Trace()
@@ -548,78 +604,14 @@ def _end_tree(tree, record, shared, kernel_pid):
     record.leaked = [{"pid": p.pid, "rss_bytes": p.rss_bytes, "command": command_line(p.pid)} for p in there.values() if p.pid != kernel_pid]
     record.cells.end(record.now_s(), record.used_bytes, record.kernel_hwm_bytes)
     shared.look(there)
-    while _reap(record, kernel_pid) or tree.pids():
-        for pid in tree.pids(): _send(pid, signal.SIGKILL)
+    while _reap(record, kernel_pid) | bool(left := tree.pids()):
+        for pid in left: _send(pid, signal.SIGKILL)
         tree.kill()
-        if time.monotonic() > began_s + 10: record.unkillable = tree.pids(); break
+        if time.monotonic() > began_s + 10: record.unkillable = left; break
         time.sleep(0.001)
     record.kill_s = round(time.monotonic() - began_s, 4)
     record.shared_memory = shared.unlink()
     tree.close()
-
-# %% ../nbs/60_guard.ipynb #3532853d
-class Guard:
-    "Start one command, watch its tree, end it, write down how it went"
-
-    def __init__(self, spec, command):
-        self.spec, self.command, self.record, self.shared = spec, command, Record(spec), SharedMemory()
-        self.n_cores, self.pending = os.cpu_count() or 1, b""
-
-    def run(self):
-        wake = _hear_signals()
-        self.tree, self.record.containment = _choose_tree(self.spec)
-        self.kernel_pid = _start(self.command, _marks(self.spec), self.tree.group)
-        sources = {0: self.on_lifeline, wake: lambda: self.on_signals(os.read(wake, 512))}
-        if (runner := self.runner()) is not None: sources[runner] = lambda: self.finish("runner_died")
-        try: self.watch(sources)
-        finally: _end_tree(self.tree, self.record, self.shared, self.kernel_pid)
-        if self.spec.status_path: _write_json(self.spec.status_path, self.record.status())
-        if self.record.reason == "runner_died" and self.spec.private_dir: _remove_private(self.spec.private_dir)
-        return self.record.exit_code
-
-    def runner(self):
-        "A descriptor that becomes readable when the runner dies; None where there is no such thing"
-        try: return os.pidfd_open(self.spec.runner_pid) if self.spec.runner_pid and hasattr(os, "pidfd_open") else None
-        except ProcessLookupError: self.finish("runner_died")
-        except OSError: return None
-
-    def finish(self, reason): self.record.reason = self.record.reason or reason
-
-    def watch(self, sources):
-        while self.look() is None:
-            pause_s = max(self.tree.pause_s, sleep_s(self.tree.bound_bytes, self.spec.limit_bytes, self.n_cores))
-            for ready in select.select(list(sources), [], [], pause_s)[0]: sources[ready]()
-
-    def look(self):
-        "See where the tree stands; the reason to end, if there is one"
-        if self.record.reason: return self.record.reason
-        self.record.sample(self.tree.read())
-        self.shared.look(self.tree.known, self.record.now_s())
-        if self.tree.exceeded(self.record.used_bytes): self.finish("memory")
-        elif self.spec.timeout_s and self.record.now_s() > self.spec.timeout_s: self.finish("timeout")
-        return self.record.reason
-
-    def on_lifeline(self):
-        "Lines from the runner: `cell 4`, `end`, `signal 10`, `stop`; the end of the pipe is the end of the runner"
-        data = os.read(0, 65536)
-        if not data: return self.finish("runner_died")
-        *lines, self.pending = (self.pending + data).split(b"\n")
-        for line in lines: self.on_line(*line.decode().split())
-
-    def on_line(self, word="", number="0"):
-        if word == "stop": return self.finish("terminated")
-        if word == "signal": return _send(self.kernel_pid, int(number), os.killpg)
-        self.look()
-        state = (self.record.now_s(), self.record.used_bytes, high_water_bytes(self.kernel_pid))
-        if word == "cell": self.record.cells.begin(int(number), *state)
-        if word == "end": self.record.cells.end(*state)
-
-    def on_signals(self, numbers):
-        for number in set(numbers):
-            if number in _FORWARDED: _send(self.kernel_pid, number, os.killpg)
-            if number in _ENDING: self.finish("terminated")
-        _reap(self.record, self.kernel_pid)
-        if self.record.exit_code is not None: self.finish("memory" if self.tree.exceeded(0) else "exited")
 
 # %% ../nbs/60_guard.ipynb #94df70d5
 def _hear_signals():
@@ -648,6 +640,79 @@ def _make_group(spec):
         if group.lets_in(): return group
         group.remove()
     except OSError as error: os.write(2, f"gausssafe: no control group of our own: {error}\n".encode())
+
+# %% ../nbs/60_guard.ipynb #590160cc
+class Watch:
+    "Look at a tree again and again, until there is a reason to end it"
+
+    def __init__(self, spec, tree, record):
+        self.spec, self.tree, self.record = spec, tree, record
+        self.shared, self.n_cores, self.sources = SharedMemory(), os.cpu_count() or 1, {}
+
+    def finish(self, reason): self.record.reason = self.record.reason or reason
+
+    def look(self):
+        "See where the tree stands; the reason to end, if there is one"
+        if self.record.reason: return self.record.reason
+        self.record.sample(self.tree.read())
+        self.shared.look(self.tree.known, self.record.now_s())
+        if self.tree.exceeded(self.record.used_bytes): self.finish("memory")
+        elif self.spec.timeout_s and self.record.now_s() > self.spec.timeout_s: self.finish("timeout")
+        return self.record.reason
+
+    def watch(self):
+        while self.look() is None:
+            pause_s = max(self.tree.pause_s, sleep_s(self.tree.bound_bytes, self.spec.limit_bytes, self.n_cores))
+            for ready in select.select(list(self.sources), [], [], pause_s)[0]: self.sources[ready]()
+
+# %% ../nbs/60_guard.ipynb #b1624576
+class Guard(Watch):
+    "Start one command, watch its tree, end it, write down how it went"
+
+    def __init__(self, spec, command):
+        self.wake, self.pending = _hear_signals(), b""
+        if spec.answer_fd is not None: os.set_inheritable(spec.answer_fd, False)
+        tree, containment = _choose_tree(spec)
+        super().__init__(spec, tree, Record(spec, containment))
+        self.kernel_pid = _start(command, _marks(spec), tree.group)
+
+    def run(self):
+        self.sources = {0: self.on_lifeline, self.wake: self.on_signals}
+        if (runner := self.runner()) is not None: self.sources[runner] = lambda: self.finish("runner_died")
+        try: self.watch()
+        finally: _end_tree(self.tree, self.record, self.shared, self.kernel_pid)
+        if self.spec.status_path: _write_json(self.spec.status_path, self.record.status())
+        if self.record.reason == "runner_died" and self.spec.private_dir: _remove_private(self.spec.private_dir)
+        return self.record.exit_code
+
+    def runner(self):
+        "A descriptor that becomes readable when the runner dies; None where there is no such thing"
+        try: return os.pidfd_open(self.spec.runner_pid) if self.spec.runner_pid and hasattr(os, "pidfd_open") else None
+        except ProcessLookupError: self.finish("runner_died")
+        except OSError: return None
+
+    def on_lifeline(self):
+        "Lines from the runner: `cell 4`, `end`, `signal 10`, `stop`"
+        data = os.read(0, 65536)
+        if not data: return self.finish("runner_died")
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        for line in lines: self.on_line(*line.decode().split())
+
+    def on_line(self, word="", number="0"):
+        if word == "stop": return self.finish("terminated")
+        if word == "signal": return _send(self.kernel_pid, int(number), os.killpg)
+        self.look()
+        state = (self.record.now_s(), self.record.used_bytes, high_water_bytes(self.kernel_pid))
+        if word == "cell": self.record.cells.begin(int(number), *state)
+        if word == "end": self.record.cells.end(*state)
+        if self.spec.answer_fd is not None: _send(self.spec.answer_fd, b".", os.write)
+
+    def on_signals(self):
+        for number in set(os.read(self.wake, 512)):
+            if number in _FORWARDED: _send(self.kernel_pid, number, os.killpg)
+            if number in _ENDING: self.finish("terminated")
+        _reap(self.record, self.kernel_pid)
+        if self.record.exit_code is not None: self.finish("memory" if self.tree.exceeded(0) else "exited")
 
 # %% ../nbs/60_guard.ipynb #15d92c53
 def main(
@@ -688,8 +753,8 @@ def _environment(pid):
 def _is_leftover(pid):
     try: ours = os.stat(f"/proc/{pid}").st_uid == os.getuid() and os.stat(f"/proc/{pid}/ns/pid").st_ino == os.stat("/proc/self/ns/pid").st_ino
     except OSError: return False
-    owner = _environment(pid).get("GAUSSSAFE_OWNER") if ours else None
-    return owner is not None and owner != _identity(int(owner.partition(":")[0]))
+    owner = _environment(pid).get("GAUSSSAFE_OWNER", "") if ours else ""
+    return re.fullmatch(r"\d+:\d+", owner) is not None and owner != _identity(int(owner.partition(":")[0]))
 
 
 def _ancestors():

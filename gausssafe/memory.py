@@ -20,7 +20,7 @@ import weakref
 from array import array
 from collections.abc import Callable
 from contextlib import ContextDecorator, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -274,6 +274,7 @@ class MonitorEvent:
 
 # %% ../nbs/10_memory.ipynb #3a73c086
 _MAX_ROWS = 10_000
+_PSS_CORE_FRAC, _PSS_CREDIT_S = 0.003, 0.05  # What reading the PSS may cost in the long run, and at once
 
 
 def _high_water_bytes(pid):
@@ -290,17 +291,31 @@ class _Record:
     def __init__(self, pid):
         self.pid, self.rows, self.n_samples, self.t0 = pid, [], 0, None
         self._keep_every, self._peak_bytes, self._first_mark, self._last_cpu = 1, 0, sys.maxsize, None
+        self._pids, self._twice_bytes, self._pss_cost_s = [], 0, 0.0  # The last reading of PSS: the tree, what RSS counted twice, its cost
+        self._credit_s, self._credited_at = _PSS_CREDIT_S, 0.0  # Processor time that may go into PSS
 
     def begin(self):
         if self.t0 is None: self.t0 = time.perf_counter()
         self._first_mark, self._last_cpu = _high_water_bytes(self.pid), None
 
     def read(self):
-        "Take a sample; None when the tree is gone"
-        pids = tree_pids(self.pid)
-        reading = _read(pids, with_pss=len(pids) > 1)
-        if reading: self._add(reading, time.perf_counter() - self.t0)
-        return reading
+        "Take a sample: (reading, or None when the tree is gone; seconds that went into PSS)"
+        pids, t_s, pss_s = tree_pids(self.pid), time.perf_counter() - self.t0, 0.0
+        reading = _read(pids, with_pss=False)
+        if reading and len(pids) > 1: reading, pss_s = self._correct(reading, pids, t_s)
+        if reading: self._add(reading, t_s)
+        return reading, pss_s
+
+    def _correct(self, reading, pids, t_s):
+        "Take off what RSS counts twice, as PSS tells, or told when there is no credit for asking again"
+        self._credit_s, self._credited_at = min(_PSS_CREDIT_S, self._credit_s + _PSS_CORE_FRAC * (t_s - self._credited_at)), t_s
+        if self._credit_s < (0 if pids != self._pids else min(_PSS_CREDIT_S, 2 * self._pss_cost_s)):
+            return replace(reading, pss_bytes=max(reading.rss_bytes // len(pids), reading.rss_bytes - self._twice_bytes)), 0.0
+        started, pss = time.thread_time(), [_pss_bytes(pid) for pid in pids]
+        self._pids, self._pss_cost_s = pids, time.thread_time() - started
+        self._credit_s -= self._pss_cost_s
+        if None not in pss: self._twice_bytes, reading = reading.rss_bytes - sum(pss), replace(reading, pss_bytes=sum(pss))
+        return reading, self._pss_cost_s
 
     def peak_bytes(self):
         if (mark := _high_water_bytes(self.pid)) > self._first_mark: self._peak_bytes = max(self._peak_bytes, mark)
@@ -349,9 +364,9 @@ class _Sampler:
     def take(self):
         "One sample, and the pause that pays for it; False when there is nothing left to watch"
         started = time.thread_time()
-        reading = self.record.read()
+        reading, pss_s = self.record.read()
         cost_s = time.thread_time() - started
-        self.cost_s, self._pause_s = self.cost_s + cost_s, max(self.interval_s, cost_s / _CORE_FRAC)
+        self.cost_s, self._pause_s = self.cost_s + cost_s, max(self.interval_s, (cost_s - pss_s) / _CORE_FRAC)
         self.seen(reading)
         return reading is not None
 
@@ -360,12 +375,14 @@ class _Sampler:
 
 # %% ../nbs/10_memory.ipynb #ca36a0fd
 class _Line:
-    def __init__(self, frac): self.frac, self._below = frac, {}
+    def __init__(self, frac): self.frac, self._above = frac, set()
 
     def crossed(self, source, used_frac):
         "Whether this use of a source is the first above the line"
-        if used_frac < 0.9 * self.frac: self._below[source] = True
-        return used_frac >= self.frac and self._below.get(source, True) and not self._below.update({source: False})
+        if used_frac < 0.9 * self.frac: self._above.discard(source)
+        if used_frac < self.frac or source in self._above: return False
+        self._above.add(source)
+        return True
 
 # %% ../nbs/10_memory.ipynb #4a022b62
 class _Report:
@@ -394,12 +411,17 @@ class _Report:
         return f"MemoryMonitor(peak {format_bytes(self.peak_bytes)} of {limit}; {self._record.n_samples} samples, {len(self.events)} events)"
 
 # %% ../nbs/10_memory.ipynb #21235765
+def _open_limit(held_bytes):
+    "What a tree that holds so much may grow to; under a guard never more than its limit"
+    return max(1, min(held_bytes + memory_left_bytes(), memory_limits().get("guard", sys.maxsize)))
+
+# %% ../nbs/10_memory.ipynb #eb642bab
 class MemoryMonitor(_Report, ContextDecorator):
     "Watch a process tree: `with MemoryMonitor() as m: ...`, `@MemoryMonitor()` (then `function.monitor`), or `start` and `stop`"
 
     def __init__(
         self,
-        limit: int | str | None = None,  # Of the process tree; None for what it holds at the start plus what is left then
+        limit: int | str | None = None,  # Of the process tree; None for what it holds at the start plus what is left then, at most the guard's limit
         *,
         soft_frac: float = 0.75,  # Of the limit, and of each CUDA card: where `on_soft_limit` is called
         interval_s: float = 0.1,  # Between samples; stretched where a sample is costly
@@ -441,11 +463,12 @@ class MemoryMonitor(_Report, ContextDecorator):
     def _seen(self, reading):
         "React to a reading: fix an open limit, and call back where a line is crossed"
         if reading is None: return self._note("ended")
-        if self.limit_bytes is None: self.limit_bytes = reading.tree_bytes + memory_left_bytes()
+        if self.limit_bytes is None: self.limit_bytes = _open_limit(reading.tree_bytes)
         for source, used_frac in (("memory", reading.tree_bytes / self.limit_bytes), ("cuda", reading.cuda_used_frac)):
             if not self._line.crossed(source, used_frac): continue
             self._note("soft_limit", source, used_frac)
-            try: self.on_soft_limit and self.on_soft_limit()
+            try:
+                if self.on_soft_limit: self.on_soft_limit()
             except Exception as error: self._note("error", source, used_frac, error)
 
     def _note(self, kind, source="", used_frac=0.0, error=None):

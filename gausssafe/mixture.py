@@ -99,7 +99,8 @@ class GaussianMixture:
 
 # %% ../nbs/20_mixture.ipynb #95130cee
 def _check_mixture(means, std, weights):
-    if not means or not means[0] or len({len(mean) for mean in means}) > 1: raise InvalidInput(f"means are one tuple of coordinates a component, all of one length, not {means}")
+    if not means or not means[0] or len({len(mean) for mean in means}) > 1:
+        raise InvalidInput(f"means are one tuple of coordinates a component, all of one length, not {means}")
     if not all(math.isfinite(c) for mean in means for c in mean): raise InvalidInput(f"means hold a number that is not finite: {means}")
     if not (std > 0 and math.isfinite(std)): raise InvalidInput(f"std is a positive number, not {std}")
     if len(weights) != len(means): raise InvalidInput(f"{len(means)} means need {len(means)} weights, not {len(weights)}")

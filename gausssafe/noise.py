@@ -36,8 +36,8 @@ class _Arcsin(torch.autograd.Function):
 def _encode(z, n_qubits):
     "The state of `n_qubits` qubits after RY(arcsin z1), RZ(arcsin z2) on each: (batch, 2^n), complex"
     half_y, half_z = (_Arcsin.apply(z) / 2).unbind(1)
-    qubit = torch.stack([torch.polar(half_y.cos(), -half_z), torch.polar(half_y.sin(), half_z)], 1)
-    state = qubit
+    phase = torch.complex(half_z.cos(), half_z.sin())  # Not torch.polar: its gradient has the wrong sign where a magnitude is negative
+    state = qubit = torch.stack([half_y.cos() * phase.conj(), half_y.sin() * phase], 1)
     for _ in range(n_qubits - 1): state = (state[:, :, None] * qubit[:, None]).flatten(1)
     return state
 
@@ -76,7 +76,7 @@ def _memory_model(n_qubits, n_layers, dtype, weights_grad, latents_grad):
     n_gates = n_layers * (2 * n_qubits - 1) - (n_qubits - 1)
     number_bytes = 2 * dtype.itemsize  # Complex
     n_states = 4 + weights_grad * n_gates + latents_grad
-    n_more = n_qubits + latents_grad if weights_grad or latents_grad else 0
+    n_more = n_qubits + 2 * latents_grad if weights_grad or latents_grad else 0
     return LinearMemoryModel(16 * (1 + n_gates) * number_bytes, (n_states * 2**n_qubits + n_more) * number_bytes)
 
 # %% ../nbs/23_noise.ipynb #3d24616e
@@ -180,7 +180,8 @@ class QuantumNoise(_Noise):
     ) -> torch.Tensor:  # (batch, n_qubits), each in [-1, 1]; differentiable to the weights and to z
         "Run the circuit, in chunks if the memory limit asks for it"
         _check_latents(z)
-        return _simulate_chunks(z, self.weights, self._chunk(z))
+        dtype = torch.promote_types(z.dtype, self.weights.dtype)
+        return _simulate_chunks(z.to(dtype), self.weights.to(dtype), self._chunk(z, dtype))
 
     def forward(
         self,
@@ -203,9 +204,8 @@ class QuantumNoise(_Noise):
 
     def _model(self, dtype, weights_grad, latents_grad): return _memory_model(self.dim, len(self.weights), dtype, weights_grad, latents_grad)
 
-    def _chunk(self, z):
-        grads = [torch.is_grad_enabled() and t.requires_grad for t in (self.weights, z)]
-        model = self._model(torch.promote_types(z.dtype, self.weights.dtype), *grads)
+    def _chunk(self, z, dtype):
+        model = self._model(dtype, *(torch.is_grad_enabled() and t.requires_grad for t in (self.weights, z)))
         if self.memory_limit_bytes is None and model.predict(len(z)) < _SMALL_BYTES: return len(z)
         return chunk_size(len(z), model, self.memory_limit_bytes, what=f"one sample of {self.dim} qubits and {len(self.weights)} layers")
 

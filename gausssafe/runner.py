@@ -178,12 +178,14 @@ class Progress:
     def __init__(self, n_cells, limit_bytes=None, *, stream=None, enabled=True):
         self.stream, self.enabled = stream or sys.stderr, enabled
         self.n_cells, self.limit_bytes, self.done, self.bar = n_cells, limit_bytes, 0, None
+        self.pid = None  # The guard's, once a cell has begun
         self._stop = threading.Event()
 
     def __enter__(self):
         if self.enabled and self.stream.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=self.n_cells, file=self.stream, bar_format="cell {n_fmt}/{total_fmt} |{bar:24}| {elapsed}{postfix}")
+            self.bar = tqdm(total=self.n_cells, file=self.stream, bar_format="{desc} |{bar:24}| {elapsed}{postfix}",
+                            desc="starting the kernel")
             self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
         return self
@@ -194,10 +196,8 @@ class Progress:
             self._thread.join()
             self.bar.close()
 
-    pid = None  # The guard's, once it has started
-
     def _size(self):
-        try: used = read_memory(self.pid).rss_bytes
+        try: used = read_memory(self.pid).tree_bytes
         except (OSError, ValueError): return ""
         return f"{format_bytes(used)}" + (f" of {format_bytes(self.limit_bytes)}" if self.limit_bytes else "")
 
@@ -205,12 +205,17 @@ class Progress:
         while not self._stop.wait(0.25):
             if self.pid: self.bar.set_postfix_str(self._size())
 
-    def cell_done(self, index, execution_count, seconds):
+    def cell_begins(self, pid):
+        self.pid = pid
+        if self.bar is not None: self.bar.set_description_str(f"cell {self.done + 1} of {self.n_cells}")
+
+    def cell_ends(self, index, execution_count, seconds):
         self.done += 1
         if self.bar is not None: self.bar.update()
         elif self.enabled:
             number = f" (In [{execution_count}])" if execution_count else ""
-            print(f"cell {index}{number}, {self.done} of {self.n_cells}: {format_duration(seconds)}, {self._size()}", file=self.stream, flush=True)
+            line = f"cell {index}{number}, {self.done} of {self.n_cells}: {format_duration(seconds)}, {self._size()}"
+            print(line.removesuffix(", "), file=self.stream, flush=True)
 
 # %% ../nbs/62_runner.ipynb #7cddafdb
 class GuardedClient(PapermillNotebookClient):
@@ -230,12 +235,13 @@ class GuardedClient(PapermillNotebookClient):
 
     def execute_cell(self, cell, cell_index, **kwargs):
         if cell.cell_type != "code" or not cell.source.strip(): return super().execute_cell(cell, cell_index, **kwargs)
-        self.current, self.progress.pid, start = cell_index, self.guard.pid, time.monotonic()
+        self.current, start = cell_index, time.monotonic()
+        self.progress.cell_begins(self.guard.pid)
         self.guard.mark(cell_index)
         try: cell = super().execute_cell(cell, cell_index, **kwargs)
         finally:
             self.guard.mark(None)
-            self.progress.cell_done(cell_index, cell.get("execution_count"), time.monotonic() - start)
+            self.progress.cell_ends(cell_index, cell.get("execution_count"), time.monotonic() - start)
         return cell
 
 # %% ../nbs/62_runner.ipynb #5158f1ad

@@ -178,8 +178,21 @@ class GAN(torch.nn.Module):
         *,
         seed: int = 0,  # Seeds the noise and the generator's own draws
     ) -> torch.Tensor:  # (n, 2)
-        "Draw points with the averages of batch norm fixed"
+        "Draw points, batch norm using its averages"
         with _reseeded(self, seed): return self(n)
+
+    @torch.no_grad()
+    def settle(
+        self,
+        *,
+        n: int = 2048,  # Points to average over
+        seed: int = 0,  # Seeds the noise of those points
+    ) -> None:
+        "Take batch norm's averages afresh, with the weights as they are now (cf. Brock et al. 2019, standing statistics)"
+        norms = [module for module in self.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+        with _reseeded(self, seed), _momentum(norms, 1.0):
+            self.train()
+            self(n)
 
 # %% ../nbs/25_wgan.ipynb #06f1e1c5
 @contextmanager
@@ -192,6 +205,15 @@ def _reseeded(gan, seed):
     finally:
         gan.train(was_training)
         for g, state in zip(generators, states, strict=True): g.set_state(state)
+
+# %% ../nbs/25_wgan.ipynb #e2ac1665
+@contextmanager
+def _momentum(norms, momentum):
+    before = [norm.momentum for norm in norms]
+    for norm in norms: norm.momentum = momentum
+    try: yield
+    finally:
+        for norm, value in zip(norms, before, strict=True): norm.momentum = value
 
 # %% ../nbs/25_wgan.ipynb #cb636efe
 class _Training:
@@ -278,9 +300,14 @@ class _Judge:
         self.memory_limit = "50MB" if config.memory_limit is None else config.memory_limit
 
     def samples(self):
+        self.training.gan.settle(seed=self.seed + 1)
         x = self.training.gan.sample(self.n, seed=self.seed)
         _require_finite(x, "samples", self.training.step)
         return x
+
+    def ideal(self):
+        "The scores of a perfect generator: fresh points of the target itself"
+        return self.scores(self.training.mixture.sample(self.n, seed=self.seed))
 
     def scores(self, x):
         "{name: Score}"
@@ -299,6 +326,7 @@ class WGANResult:
     config: WGANConfig
     history: pd.DataFrame = field(repr=False)  # A row an epoch; NaN where a metric was not measured
     scores: dict[int, dict[str, metrics.Score]] = field(repr=False)  # By epoch (0 is before training) and metric
+    ideal: dict[str, metrics.Score] = field(repr=False)  # What as many points of the target itself score
     samples: dict[int, np.ndarray] = field(repr=False)  # By epoch: the (n_validation, 2) points that were measured
     target: np.ndarray = field(repr=False)  # As many held-out points, to draw beside them
     gan: GAN = field(repr=False)  # Noise and generator, trained
@@ -311,10 +339,10 @@ class WGANResult:
     n_threads: int  # Torch's, while it trained
 
     def summary(self) -> pd.DataFrame:  # Rows are metrics
-        "The first and the last scores, with standard errors"
-        first, last = self.scores[0], self.scores[max(self.scores)]
-        rows = {name: (first[name].value, first[name].stderr, last[name].value, last[name].stderr) for name in METRICS}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["before", "before_stderr", "after", "after_stderr"])
+        "The first and the last scores, and those of a perfect generator, with standard errors"
+        columns = {"before": self.scores[0], "after": self.scores[max(self.scores)], "ideal": self.ideal}
+        return pd.DataFrame({f"{column}{suffix}": {name: getattr(scores[name], attribute) for name in METRICS}
+                             for column, scores in columns.items() for suffix, attribute in (("", "value"), ("_stderr", "stderr"))})
 
     def save(
         self,
@@ -332,7 +360,7 @@ class WGANResult:
 
     def _record(self):
         scores = {epoch: {name: {"value": s.value, "stderr": s.stderr, "definition": s.definition} for name, s in measured.items()}
-                  for epoch, measured in self.scores.items()}
+                  for epoch, measured in (self.scores | {"ideal": self.ideal}).items()}
         return {"config": self.config.model_dump(), "history": self.history.to_dict("records"), "scores": scores, "seconds": self.seconds,
                 "peak_bytes": self.peak_bytes, "limit_bytes": self.limit_bytes, "n_threads": self.n_threads, "torch": torch.__version__}
 
@@ -388,7 +416,7 @@ def train_wgan(
         scores = {0: judge.scores(samples[0])}
         rows = _run_epochs(training, judge, monitor, samples, scores, progress, callback)
     return WGANResult(
-        config=config, history=pd.DataFrame(rows), scores=scores, samples={epoch: x.numpy() for epoch, x in samples.items()},
+        config=config, history=pd.DataFrame(rows), scores=scores, ideal=judge.ideal(), samples={epoch: x.numpy() for epoch, x in samples.items()},
         target=training.held_out[:config.n_validation].numpy(), gan=training.gan.eval(),
         weights_before=weights_before, weights_after=_circuit_weights(training.gan),
         memory=monitor.to_frame(), limit_bytes=monitor.limit_bytes, peak_bytes=monitor.peak_bytes,

@@ -60,6 +60,7 @@ def cheapest_assignment(x, y):
     "Mean cost of the best one-to-one assignment, by trying them all"
     return min(float(np.mean(np.linalg.norm(x - y[list(order)], axis=1))) for order in itertools.permutations(range(len(y))))
 
+<<<<<<< HEAD
 
 # circuits: one state, one gate at a time, qubit 0 the leftmost bit
 
@@ -76,3 +77,46 @@ def circuit_expvals(n_qubits, gates):
         else: full = on({wires: np.cos(angle / 2) * np.eye(2) - 1j * np.sin(angle / 2) * paulis[name[1]]})
         state = full @ state
     return np.array([(state.conj() @ on({i: paulis["Z"]}) @ state).real for i in range(n_qubits)])
+=======
+# noise: report A's circuit, one gate and one sample at a time, on state vectors in float64
+
+
+def _on(gate, wires, n_qubits):
+    "The (2^n, 2^n) matrix of a gate on neighbouring wires; wire 0 is the leftmost factor"
+    return np.kron(np.kron(np.eye(2 ** wires[0]), gate), np.eye(2 ** (n_qubits - wires[-1] - 1)))
+
+
+def circuit_expectations(z, weights):
+    "<Z_i>, (batch, n), of latents (batch, 2) and weights (n_layers, 2n - 1)"
+    n = (weights.shape[1] + 1) // 2
+    cnot = np.eye(4)[[0, 1, 3, 2]]
+    rows = []
+    for z1, z2 in z:
+        state = np.eye(2**n)[0].astype(complex)
+
+        def apply(gate, *wires):
+            nonlocal state
+            state = _on(gate, wires, n) @ state
+        for i in range(n):
+            apply(_ry(np.arcsin(z1)), i)
+            apply(_rz(np.arcsin(z2)), i)
+        for w in weights:
+            for i in range(n): apply(_ry(w[i]), i)
+            for i in range(n - 1):
+                apply(cnot, i, i + 1)
+                apply(_rz(w[n + i]), i + 1)
+                apply(cnot, i, i + 1)
+        rows.append([np.vdot(state, _on(np.diag([1, -1]), (i,), n) @ state).real for i in range(n)])
+    return np.array(rows)
+
+
+def _ry(a): return np.array([[np.cos(a / 2), -np.sin(a / 2)], [np.sin(a / 2), np.cos(a / 2)]])
+def _rz(a): return np.diag(np.exp([-0.5j * a, 0.5j * a]))
+
+
+def slope(function, x, index, step=1e-6):
+    "Central difference of a scalar function to one entry of an array"
+    moved = np.zeros_like(x)
+    moved[index] = step
+    return (function(x + moved) - function(x - moved)) / (2 * step)
+>>>>>>> main

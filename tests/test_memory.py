@@ -324,7 +324,7 @@ def test_a_callback_cannot_stop_its_monitor_but_hears_so():
     monitor = MemoryMonitor(1, interval_s=0.01, on_soft_limit=lambda: None)
     monitor.on_soft_limit = lambda: monitor.stop() if threading.current_thread() is monitor._sampler.thread else None
     with pytest.warns(RuntimeWarning, match="a monitor cannot be stopped from its own callback"), monitor:
-        monitor._line._below.clear()  # The first sample, in this thread, has fired already
+        monitor._line._above.clear()  # The first sample, in this thread, has fired already
         while len(monitor.events) < 3: time.sleep(0.01)
     assert not monitor._sampler.thread.is_alive()
 
@@ -375,7 +375,8 @@ def test_bad_settings_fail_at_the_call(options, message):
 
 
 def test_a_process_that_ends_ends_the_record():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", "print('begun', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
     with MemoryMonitor(pid=process.pid, interval_s=0.01) as monitor:
         process.communicate(b"\n")
         monitor._sampler.thread.join(20)
@@ -421,6 +422,43 @@ def test_the_peak_of_a_fresh_process_is_the_kernels(tmp_path):
         print(monitor.peak_bytes, _high_water_bytes(os.getpid()), max(row.tree_bytes for row in monitor.history))
     """).split())
     assert peak == mark > 400 * MB > 10 * sampled_peak / 4
+
+
+@linux
+def test_a_monitor_counts_what_forks_share_once_and_keeps_its_pace():
+    peak, n_samples, cost = map(float, python("""
+        import os, time
+        from gausssafe.memory import MemoryMonitor
+        block = bytearray(300_000_000)
+        children = []
+        with MemoryMonitor(interval_s=0.05) as monitor:
+            for _ in range(3):
+                if not (pid := os.fork()): time.sleep(60)
+                children.append(pid)
+            time.sleep(4)
+            grown = bytearray(100_000_000)
+            time.sleep(2)
+            for pid in children: os.kill(pid, 9)
+        print(monitor.peak_bytes, len(monitor.history), monitor.cost_frac)
+    """).split())
+    assert 400 * MB < peak < 470 * MB and n_samples >= 8 and cost < 0.02
+
+
+@linux
+def test_between_two_readings_of_pss_what_is_counted_twice_is_taken_to_stay(child, monkeypatch):
+    record = memory._Record(child.pid)
+    record.begin()
+    monkeypatch.setattr(memory, "_pss_bytes", lambda pid: 30 * MB)
+    assert record.read()[0].tree_bytes == 60 * MB
+    record._credit_s = -1
+    monkeypatch.setattr(memory, "_pss_bytes", lambda pid: 1 / 0)
+    assert record.read()[0].tree_bytes == pytest.approx(60 * MB, abs=5 * MB)
+    record._twice_bytes = 10**12
+    reading, pss_s = record.read()
+    assert reading.tree_bytes == reading.rss_bytes // 2 and pss_s == 0  # As low as two processes can share
+    record._credit_s = 1
+    monkeypatch.setattr(memory, "_pss_bytes", lambda pid: None)
+    assert record.read()[0].pss_bytes is None
 
 
 @linux
@@ -674,3 +712,10 @@ def test_on_a_card_the_count_is_the_allocators():
 
 def test_the_reading_agrees_with_psutil():
     assert read_memory(tree=False).rss_bytes == pytest.approx(psutil.Process().memory_info().rss, abs=5 * MB)
+
+
+def test_an_open_limit_is_never_above_the_guards(monkeypatch):
+    limit = read_memory().tree_bytes + 50_000_000
+    monkeypatch.setenv("GAUSSSAFE_LIMIT_BYTES", str(limit))
+    with MemoryMonitor() as monitor: pass
+    assert limit - 40_000_000 < monitor.limit_bytes <= limit
