@@ -17,7 +17,7 @@ from .errors import InvalidInput, NotFinite
 def _check_n(n):
     if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise InvalidInput(f"n is a count of samples, at least 1, not {n!r}")
 
-# %% ../nbs/20_mixture.ipynb #d31af334
+
 def _check_points(x, n_features):
     if not isinstance(x, torch.Tensor) or x.ndim != 2 or x.shape[1] != n_features or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
@@ -37,6 +37,11 @@ class Entropy:
     method: str  # "closed form" or "Monte Carlo, ..."
 
     def __float__(self): return self.value
+
+
+def _monte_carlo_entropy(target, n, seed):
+    surprise = -target.log_prob(target.sample(n, seed=seed).double())
+    return Entropy(surprise.mean().item(), surprise.std().item() / math.sqrt(n), f"Monte Carlo, {n:,} points, seed {seed}")
 
 # %% ../nbs/20_mixture.ipynb #67760de6
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class GaussianMixture:
     ) -> Entropy:  # Exact for one component, else the mean of -log p over n seeded points
         "Differential entropy: the log-likelihood that a perfect sampler gets, with its sign changed"
         if len(self.means) == 1: return Entropy(self.n_features / 2 * math.log(2 * math.pi * math.e * self.std**2), 0.0, "closed form")
-        surprise = -self.log_prob(self.sample(n, seed=seed).double())
-        return Entropy(surprise.mean().item(), surprise.std().item() / math.sqrt(n), f"Monte Carlo, {n:,} points, seed {seed}")
+        return _monte_carlo_entropy(self, n, seed)
 
 # %% ../nbs/20_mixture.ipynb #95130cee
 def _check_mixture(means, std, weights):

@@ -347,7 +347,8 @@ class WGANResult:
     def save(
         self,
         out_dir: str | Path | None = None,  # None for the configuration's
-        **answers,  # More to put into results.json: what a notebook concluded
+        *,
+        answer: dict | str | None = None,  # What a notebook concluded, to stand in results.json
     ) -> Path:  # The folder
         "Write `results.json` and `samples.npz`"
         folder = Path(self.config.out_dir if out_dir is None else out_dir)
@@ -355,7 +356,7 @@ class WGANResult:
         samples = {f"epoch_{epoch}": x for epoch, x in self.samples.items()}
         weights = {} if self.weights_before is None else {"weights_before": self.weights_before, "weights_after": self.weights_after}
         _write(folder / "samples.npz", lambda file: np.savez_compressed(file, target=self.target, **samples, **weights))
-        _write(folder / "results.json", lambda file: file.write(json.dumps(_plain(self._record() | answers), indent=1, allow_nan=False).encode()))
+        _write(folder / "results.json", lambda file: file.write(json.dumps(_plain(self._record() | {"answer": answer}), indent=1, allow_nan=False).encode()))
         return folder
 
     def _record(self):

@@ -209,17 +209,18 @@ GENERATORS = {"perfect": MIXTURE, "shifted": GaussianMixture(((-4.0, 5.0), (5.5,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", GENERATORS.values(), ids=GENERATORS)
-def test_standard_errors_are_calibrated(generator):
-    check_calibration(generator, n_draws=200, low=0.75, high=1.5)
+@pytest.mark.parametrize("name", GENERATORS)
+def test_standard_errors_are_calibrated(name):
+    "For samples that match the target the errors of the MMDs are on the safe side: the positive part of a variance is taken"
+    check_calibration(GENERATORS[name], n_draws=200, low=0.75, high=1.9 if name == "perfect" else 1.35)
 
 
 def test_standard_errors_are_calibrated_quickly():
-    check_calibration(GENERATORS["shifted"], n_draws=50, low=0.65, high=1.55)
+    check_calibration(GENERATORS["shifted"], n_draws=40, low=0.6, high=1.6)
 
 
 def check_calibration(generator, n_draws, low, high):
-    "Root mean square of the claimed errors over the scatter of fresh draws of both clouds; 50 draws know the scatter to 10 %"
+    "Root mean square of the claimed errors over the scatter of fresh draws of both clouds; 40 draws know the scatter to 11 %"
     scores = []
     for seed in range(n_draws):
         x, target = generator.sample(300, seed=10_000 + seed), metrics.Target(MIXTURE.sample(1500, seed=20_000 + seed))
@@ -306,11 +307,29 @@ def test_nan_in_the_other_metrics(metric):
     (lambda: metrics.kl_histogram(cloud(9), cloud(9), bins=0), "bins is a count"),
     (lambda: metrics.kl_histogram(cloud(9), cloud(9), bins=1001), "more than 10.6 cells"),
     (lambda: metrics.log_likelihood(cloud(9, 1), MIXTURE), r"shape \(n, 2\)"),
+    (lambda: metrics.kl_divergence(cloud(9), metrics.Target(cloud(9))), "a density is needed.*not Target"),
+    (lambda: metrics.mmd_multiscale(cloud(9), cloud(9, scale=1e200)), "distance within the target is inf"),
     (lambda: metrics.estimate_bytes("fid", cloud(9), cloud(9)), "metric is one of mmd, mmd_multiscale, wasserstein, not 'fid'"),
     (lambda: metrics.Target(cloud(9)[0]), r"target have shape \(n, d\)"),
 ])
 def test_refusals(call, says):
     with pytest.raises(InvalidInput, match=says): call()
+
+
+def test_overflow_is_reported_too():
+    huge = torch.tensor([[-1e308, 0.0], [1.7e308, 0.0]], dtype=torch.float64)
+    with pytest.raises(NotFinite, match="distances from the target's centre: 2 of 4 values"): metrics.mmd(cloud(5), huge)
+    with pytest.raises(NotFinite, match="kernel sums"): metrics.mmd(cloud(5, scale=1e200), cloud(5), gamma=1e300)
+    with pytest.raises(NotFinite, match="distances: "): metrics.wasserstein(cloud(5, scale=1e300), cloud(5))
+
+
+def test_a_sweep_of_kernels_does_not_grow_the_target_for_ever():
+    x, target = cloud(10), metrics.Target(cloud(50))
+    for gamma in range(1, 41): metrics.mmd(x, target, gamma=gamma)
+    assert len(target._terms) == metrics.N_KERNELS
+    assert metrics.mmd(x, target, gamma=1).value == metrics.mmd(x, cloud(50), gamma=1).value
+    metrics.mmd_multiscale(x, target)
+    assert metrics.mmd_multiscale(x, target).value == metrics.mmd_multiscale(x, cloud(50)).value
 
 
 @pytest.mark.gpu

@@ -1,0 +1,52 @@
+"Every experiment runs under papermill at tiny parameters, and leaves what it promises"
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+
+from gausssafe.wgan import WGANConfig
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "nbs/experiments"
+
+
+def parameters(name):
+    "{name: default} of the notebook's parameters cell, and its source lines"
+    cell, = (cell for cell in nbformat.read(EXPERIMENTS / f"{name}.ipynb", as_version=4).cells if "parameters" in cell.metadata.get("tags", []))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}, cell.source.splitlines()
+
+
+def run(name, folder, **values):
+    return papermill.execute_notebook(EXPERIMENTS / f"{name}.ipynb", folder / "out.ipynb", values, cwd=folder, progress_bar=False)
+
+
+def test_the_parameters_of_the_quantum_gan_are_fields_with_a_comment_each():
+    defaults, lines = parameters("quantum_gan")
+    assert list(defaults) == ["noise", "n_qubits", "n_layers", "batch_size", "epochs", "seed", "memory_limit", "out_dir"]
+    assert WGANConfig(**defaults).batch_size == 256 and (defaults["n_qubits"], defaults["n_layers"]) == (6, 2)
+    assert sum("  # " in line for line in lines) >= len(defaults) - 1  # batch_size says it itself
+
+
+@pytest.mark.parametrize("noise", ["quantum", "normal"])
+def test_quantum_gan(tmp_path, noise):
+    nb = run("quantum_gan", tmp_path, noise=noise, n_qubits=2, n_layers=2, batch_size=4000, epochs=2, memory_limit="60MB", out_dir="found")
+    pictures = {"training.png", "metrics.png", "losses.png", "memory.png"} | ({"noise.png"} if noise == "quantum" else set())
+    folder = tmp_path / "found"
+    assert {path.name for path in folder.iterdir()} == pictures | {"results.json", "samples.npz"}
+    drawn = [(folder / name).read_bytes() for name in pictures]
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 10_000 for picture in drawn)
+    record = json.loads((folder / "results.json").read_text())
+    assert record["config"]["noise"] == noise and [row["epoch"] for row in record["history"]] == [1, 2]
+    assert set(record["answer"]) == {"found_both_modes", "left", "right", "weights_moved"}
+    assert (record["answer"]["weights_moved"] > 0) == (noise == "quantum")
+    with np.load(folder / "samples.npz") as samples: assert samples["epoch_2"].shape == (500, 2)
+    said = "".join(output.text for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs if output.get("name") == "stdout")
+    assert said.count("of the points lie at the left mode") == 1 and said.rstrip().endswith("training.png")
+
+
+def test_a_parameter_that_cannot_be_is_told_in_the_notebook(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="InvalidInput: noise=\"shadow\" is not there yet"):
+        run("quantum_gan", tmp_path, noise="shadow")
