@@ -2,6 +2,8 @@
 
 import functools
 import math
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -88,15 +90,29 @@ def sample(seed, dtype=torch.float64, batch=5):
     return torch.rand(batch, 3, generator=g, dtype=dtype), torch.rand(3, generator=g, dtype=dtype) * 6 - 3
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(programs(), st.sampled_from(["auto", "statevector"]), st.integers(0, 99))
-def test_random_circuits_agree_with_default_qubit(program, engine, seed):
+def agrees(program, engine, seed):
     circuit, n = built(program), program[0]
     plan = compile_circuit(circuit, {"inputs": (3,), "w": (3,)}, engine=engine)
     (y, grads), (expected, slow_grads) = both(plan, circuit, n, *sample(seed))
     assert (y - expected).abs().max() < 1e-12
     for ours, theirs in zip(grads, slow_grads, strict=True):
         assert (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max())
+
+
+any_program = given(programs(), st.sampled_from(["auto", "statevector"]), st.integers(0, 99))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@any_program
+def test_random_circuits_agree_with_default_qubit(program, engine, seed):
+    agrees(program, engine, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@any_program
+def test_hundreds_of_random_circuits_agree_with_default_qubit(program, engine, seed):
+    agrees(program, engine, seed)
 
 
 def templates(inputs, w):
@@ -280,6 +296,19 @@ def test_bad_weights_and_limits():
     small = compile_circuit(deep, {"inputs": (3,), "w": (1, 3, 3)}, engine="statevector", memory_limit=100)
     with pytest.raises(MemoryBudgetExceeded, match="Even one sample needs"):
         small(inputs=torch.rand(2, 3), w=torch.rand(1, 3, 3))
+
+
+def test_without_a_limit_what_is_left_of_the_machine_bounds_the_plan(monkeypatch):
+    monkeypatch.setattr(circuits, "read_limit", lambda limit: 9000 if limit is None else limit)
+    plan = compile_circuit(deep, {"inputs": (3,), "w": (4, 3, 3)}, engine="statevector")
+    assert plan.estimate_bytes(8, dtype=torch.float64) <= 9000
+    with pytest.raises(MemoryBudgetExceeded, match="batch_size <="):
+        plan(inputs=torch.rand(4096, 3), w=torch.rand(4, 3, 3))
+
+
+def test_importing_does_not_import_pennylane():
+    code = "import sys, gausssafe.circuits; assert 'pennylane' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_equal_circuits_share_an_engine():
