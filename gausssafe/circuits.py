@@ -12,15 +12,15 @@ import weakref
 from collections.abc import Callable
 
 import numpy as np
-import pennylane as qml
 import torch
 
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from .heisenberg import Heisenberg, expand
+from .memory import read_limit
 from .rotations import AngleTable, entries_of, rotations_of
 from .statevector import StateVector, channels_from, results_from
 from .trace import Circuit, trace
-from .units import format_bytes, parse_bytes
+from .units import format_bytes
 
 # %% ../nbs/22_circuits.ipynb #6ccf0b60
 class _Evaluate(torch.autograd.Function):
@@ -109,7 +109,7 @@ class ExecutionPlan:
         self._batched = {name: name in circuit.per_sample for name in circuit.shapes}
         self._latents = {r.source for r in circuit.recipes if r is not None and r.arcsin}
         self._limits = _limits(circuit, self._latents, True), _limits(circuit, self._latents, False)
-        self.n_results = self._engine.read.rows[-1][1]
+        self.n_results, self._layouts = self._engine.read.rows[-1][1], {}
 
     @property
     def engine(self) -> str:
@@ -192,16 +192,21 @@ for _method in (_check, _complain, _gather, _tangle):
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
 def _layout(self, batch, itemsize, needs_grad):
     "(lanes of a tile, keep the last states) for a batch"
-    tile = self._engine.tile(batch, itemsize, self.limit_bytes)
-    if not tile:
-        self._refuse(batch, itemsize)
-    keep = needs_grad and (self.limit_bytes is None or self._engine.bytes(batch, itemsize, tile, True) <= self.limit_bytes)
-    return tile, keep
+    key = batch, itemsize, needs_grad
+    if key not in self._layouts: self._layouts[key] = _new_layout(self, *key)
+    return self._layouts[key]
 
 
-def _refuse(self, batch, itemsize):
+def _new_layout(self, batch, itemsize, needs_grad):
+    limit = read_limit(self.limit_bytes)
+    tile = self._engine.tile(batch, itemsize, limit)
+    if not tile: _refuse(self, batch, itemsize, limit)
+    return tile, needs_grad and self._engine.bytes(batch, itemsize, tile, True) <= limit
+
+
+def _refuse(self, batch, itemsize, limit):
     "Say what one lane of this batch needs, and the batch that would fit"
-    engine, limit = self._engine, self.limit_bytes
+    engine = self._engine
     floor = engine.bytes(1, itemsize, 1, False)
     fits = (limit - floor) // max(1, engine.batch_bytes(itemsize)) + 1
     advice = (
@@ -235,13 +240,13 @@ def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> i
     return self._engine.bytes(batch, dtype.itemsize, tile, keep)
 
 
-for _method in (_layout, _refuse, _forward, _backward, estimate_bytes):
+for _method in (_layout, _forward, _backward, estimate_bytes):
     setattr(ExecutionPlan, _method.__name__, _method)
 
 # %% ../nbs/22_circuits.ipynb #5a6fdcf9
 def explain(self) -> str:
     "How the plan works, in a few lines"
-    circuit, limit = self.circuit, "what the machine has" if self.limit_bytes is None else format_bytes(self.limit_bytes)
+    circuit, limit = self.circuit, "what is left" if self.limit_bytes is None else format_bytes(self.limit_bytes)
     per_sample = sum(circuit.per_slot_sample)
     lines = [
         f"{circuit.n_wires} qubits, {len(circuit.gates)} gates, {per_sample} angles per sample, {len(circuit.recipes) - per_sample} shared, "
@@ -260,7 +265,7 @@ def compile_circuit(
     shapes: dict[str, tuple[int, ...]],  # Shape of each argument, without the batch
     *,
     per_sample: tuple[str, ...] = ("inputs",),  # Arguments that come with a batch in front
-    memory_limit: str | int | None = None,  # Logical bytes beyond inputs and outputs; None: no limit of its own
+    memory_limit: str | int | None = None,  # Logical bytes beyond inputs and outputs; None: what is left of the guard's limit, else of the machine
     engine: str = "auto",  # `"statevector"` and `"heisenberg"` force one
 ) -> ExecutionPlan:  # Call it with the arguments by name
     "Compile a circuit once, to run it on batches"
@@ -269,7 +274,7 @@ def compile_circuit(
     shapes = {name: (shape,) if isinstance(shape, int) else tuple(shape) for name, shape in shapes.items()}
     circuit = trace(function, shapes, per_sample=tuple(name for name in per_sample if name in shapes))
     _check_readable(circuit)
-    return ExecutionPlan(circuit, None if memory_limit is None else parse_bytes(memory_limit), engine)
+    return ExecutionPlan(circuit, None if memory_limit is None else read_limit(memory_limit), engine)
 
 
 def _check_readable(circuit):
@@ -290,7 +295,7 @@ class QuantumLayer(torch.nn.Module):
         weight_shapes: dict[str, tuple[int, ...] | int],  # For every other argument
         *,
         init_method: Callable | dict | None = None,  # As for TorchLayer: an initializer, or initializers and tensors by name
-        memory_limit: str | int | None = None,  # Logical bytes beyond inputs and outputs
+        memory_limit: str | int | None = None,  # Logical bytes beyond inputs and outputs; None: what is left
     ):
         super().__init__()
         _check_signature(qnode, weight_shapes)

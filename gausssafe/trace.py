@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pennylane as qml
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -157,10 +156,12 @@ _NOTHING = ("Barrier", "WireCut", "Snapshot")
 
 # %% ../nbs/16_trace.ipynb #6c49f06d
 def basis_gates(
-    op: qml.operation.Operator,  # Any gate of PennyLane
+    op,  # An operator: any gate of PennyLane
     controls: tuple[tuple[object, int], ...] = (),  # Wires and values that hold around it
 ) -> Iterator[tuple]:  # (name, wire labels, angle as number, tensor or None, controls)
     "Write a PennyLane gate in our basis, by its decompositions where it has no entry of its own"
+    import pennylane as qml
+
     if op.name in _NOTHING:
         return
     if isinstance(op, qml.ops.Controlled):
@@ -183,6 +184,8 @@ def _own_controls(op):
 
 def _decomposition(op):
     "The parts of a gate, or an error that says what to use instead"
+    import pennylane as qml
+
     if isinstance(op, (qml.measurements.MidMeasureMP, qml.ops.Conditional)) or "MidMeasure" in op.name:
         raise InvalidInput(
             f"{op.name} on wires {list(op.wires)}: mid-circuit measurement is not supported. Use controlled gates and measure at the end "
@@ -207,6 +210,8 @@ class Measurement:
 
 def _sentence(observable):
     "The observable as PennyLane's sum of Pauli words"
+    import pennylane as qml
+
     if observable.pauli_rep is not None: return observable.pauli_rep
     matrix = qml.matrix(observable, wire_order=observable.wires) if len(observable.wires) else observable.matrix()
     return qml.pauli_decompose(np.asarray(matrix), wire_order=observable.wires, pauli=True, check_hermitian=False)
@@ -222,15 +227,15 @@ def _words(observable, place, n_wires):
 
 # %% ../nbs/16_trace.ipynb #ba3c7cce
 _READABLE = {
-    qml.measurements.ExpectationMP: "expval",
-    qml.measurements.ProbabilityMP: "probs",
-    qml.measurements.SampleMP: "sample",
-    qml.measurements.CountsMP: "counts",
+    "ExpectationMP": "expval",
+    "ProbabilityMP": "probs",
+    "SampleMP": "sample",
+    "CountsMP": "counts",
 }
 
 
 def _measurement(m, place, n_wires):
-    kind = _READABLE.get(type(m))
+    kind = _READABLE.get(type(m).__name__)
     if kind is None:
         raise InvalidInput(
             f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the "
@@ -263,6 +268,8 @@ class Circuit:
 
 # %% ../nbs/16_trace.ipynb #9a12e794
 def _tape(function, arguments):
+    import pennylane as qml
+
     with qml.queuing.AnnotatedQueue() as queue:
         returned = function(**arguments)
     tape = qml.tape.QuantumScript.from_queue(queue)
@@ -274,6 +281,8 @@ def _tape(function, arguments):
 
 def _read(function, arguments, device_wires):
     "Run the function once: gates in our basis with raw angles, measurements, wires"
+    import pennylane as qml
+
     operations, measured = _tape(function, arguments)
     wires = device_wires or qml.wires.Wires.all_wires([op.wires for op in operations] + [m.wires for m in measured])
     if len(wires) == 0: raise InvalidInput("the circuit has zero qubits: apply a gate or measure a wire.")
@@ -394,6 +403,8 @@ def trace(
     per_sample: tuple[str, ...] = ("inputs",),  # Arguments that come with a batch in front
 ) -> Circuit:  # Gates, measurements, and how to find the angles
     "Run a PennyLane circuit once and keep what it did"
+    import pennylane as qml
+
     wires, shots = None, None
     if isinstance(function, qml.QNode):
         wires, shots, function = function.device.wires or None, function.shots.total_shots, _inner(function)
