@@ -37,7 +37,7 @@ demo: $(VENV)/.user  ## train a GAN on quantum noise inside 1 GB, and print wher
 	@echo "Pictures and numbers:"; ls -1 $(DEMO)/*.png $(DEMO)/*.json $(DEMO)/*.npz
 
 test: $(VENV)/.dev  ## the fast tests and every notebook, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not torture and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not torture and not gpu"
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
