@@ -101,3 +101,20 @@ def slope(function, x, index, step=1e-6):
     moved = np.zeros_like(x)
     moved[index] = step
     return (function(x + moved) - function(x - moved)) / (2 * step)
+
+
+# circuits: one state, one gate at a time, qubit 0 the leftmost bit
+
+def circuit_expvals(n_qubits, gates):
+    "<Z_i> of gates (name, wires, angle) on |0...0>, by dense matrices"
+    paulis = {"X": np.array([[0, 1], [1, 0]]), "Y": np.array([[0, -1j], [1j, 0]]), "Z": np.diag([1, -1])}
+    def on(matrices):
+        full = np.eye(1)
+        for wire in range(n_qubits): full = np.kron(full, matrices.get(wire, np.eye(2)))
+        return full
+    state = np.eye(2**n_qubits)[0].astype(complex)
+    for name, wires, angle in gates:
+        if name == "CNOT": full = on({wires[0]: np.diag([1, 0])}) + on({wires[0]: np.diag([0, 1]), wires[1]: paulis["X"]})
+        else: full = on({wires: np.cos(angle / 2) * np.eye(2) - 1j * np.sin(angle / 2) * paulis[name[1]]})
+        state = full @ state
+    return np.array([(state.conj() @ on({i: paulis["Z"]}) @ state).real for i in range(n_qubits)])
