@@ -19,25 +19,27 @@ from .heisenberg import Heisenberg, expand
 from .memory import read_limit
 from .rotations import AngleTable, entries_of, rotations_of
 from .statevector import StateVector, channels_from, results_from
+from .symmetric import Symmetric, is_worthwhile
 from .trace import Circuit, trace
 from .units import format_bytes
 
 # %% ../nbs/22_circuits.ipynb #6ccf0b60
 class _Evaluate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, samples, shared):
-        needs_grad = samples.requires_grad or shared.requires_grad
-        results, saved = plan._forward(samples.detach().numpy().T, shared.detach().numpy(), needs_grad)
-        ctx.plan, ctx.saved = plan, saved
-        return torch.from_numpy(results).T, saved.fine
+    def forward(ctx, plan, *tensors):
+        values, numbers = plan._entries([t.detach().numpy() for t in tensors])
+        results, ctx.saved = plan._forward(values, numbers, any(ctx.needs_input_grad))
+        if not ctx.saved.fine: plan._complain(tensors)
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors)
+        return torch.from_numpy(results).T
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError(_NO_SECOND)
-        samples_too, shared_too = ctx.needs_input_grad[1:]
-        shared, samples = ctx.plan._backward(ctx.saved, grad.numpy().T, samples_too)
-        return None, torch.from_numpy(samples).T if samples_too else None, torch.from_numpy(shared) if shared_too else None
+        tensors = ctx.saved_tensors  # an error if one was written to since
+        return None, *ctx.plan._slopes(ctx.saved, grad.numpy().T, tensors, ctx.needs_input_grad[1:])
 
 
 _NO_SECOND = (
@@ -90,25 +92,43 @@ def _engine(kind, rotations, per_slot_sample):
     return engine
 
 
+_KINDS = {"heisenberg": Heisenberg, "symmetric": Symmetric, "statevector": StateVector}
+
+
 def _choose(circuit, engine):
-    "The Pauli words if they are few, the states otherwise"
-    rotations = rotations_of(circuit)
-    if engine == "statevector" or (engine == "auto" and expand(rotations, circuit.per_slot_sample) is None):
-        return _engine(StateVector, rotations, circuit.per_slot_sample)
-    return _engine(Heisenberg, rotations, circuit.per_slot_sample)
+    "The Pauli words if they are few, the symmetric space if it is small, the states otherwise"
+    rotations, sampled = rotations_of(circuit), circuit.per_slot_sample
+    if engine == "auto":
+        engine = "heisenberg" if expand(rotations, sampled) else "symmetric" if is_worthwhile(rotations, sampled) else "statevector"
+    return _engine(_KINDS[engine], rotations, sampled)
 
 # %% ../nbs/22_circuits.ipynb #2e5f9711
+_CPU = torch.device("cpu")
+
+
+def _rows(sizes, sampled):
+    "Where each argument is among the entries of its kind"
+    at, found = {True: 0, False: 0}, []
+    for size, kind in zip(sizes, sampled, strict=True):
+        found.append(slice(at[kind], at[kind] + size))
+        at[kind] += size
+    return found
+
+
 class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, _choose(circuit, engine)
         entries = entries_of(circuit)
-        self._tables = AngleTable(self._engine.shared, entries), AngleTable(self._engine.lanes, entries)
+        tables = AngleTable(self._engine.shared, entries), AngleTable(self._engine.lanes, entries)
         self._kinds = tuple(m.kind for m in circuit.measurements)
         self._batched = {name: name in circuit.per_sample for name in circuit.shapes}
+        tangled = [sample for recipe, sample in zip(circuit.recipes, circuit.per_slot_sample, strict=True) if recipe is None]
+        self._sampled = (*self._batched.values(), *tangled)  # whether each argument, then each tangled angle, has a batch
+        self._rows = _rows([math.prod(shape) for shape in circuit.shapes.values()] + [1] * len(tangled), self._sampled)
         self._latents = {r.source for r in circuit.recipes if r is not None and r.arcsin}
-        self._limits = _limits(circuit, self._latents, True), _limits(circuit, self._latents, False)
+        self._bound = self._engine.bind(tables, (_limits(circuit, self._latents, True), _limits(circuit, self._latents, False)))
         self.n_results, self._layouts = self._engine.read.rows[-1][1], {}
 
     @property
@@ -127,16 +147,11 @@ class ExecutionPlan:
     def __call__(self, **arguments: torch.Tensor) -> torch.Tensor:  # (batch, n_results)
         "Run the circuit on a batch; differentiable in every argument"
         self._check(arguments)
-        samples, shared = self._gather(arguments)
-        if samples.is_cpu and shared.dtype == samples.dtype:
-            return self._apply(arguments, samples, shared)
-        return self._apply(arguments, samples.cpu(), shared.to("cpu", samples.dtype)).to(samples.device)
-
-    def _apply(self, arguments, samples, shared):
-        results, fine = _Evaluate.apply(self, samples, shared)
-        if not fine:
-            self._complain(arguments)
-        return results
+        tensors = [arguments[name] for name in self._batched]
+        like = tensors[self._sampled.index(True) if True in self._sampled else 0]
+        if self.circuit.tangled is not None: tensors += self._tangle(tensors, like)
+        if {(t.device, t.dtype) for t in tensors} == {(_CPU, like.dtype)}: return _Evaluate.apply(self, *tensors)
+        return _Evaluate.apply(self, *(t.to("cpu", like.dtype) for t in tensors)).to(like.device)
 
 # %% ../nbs/22_circuits.ipynb #bda5c481
 def _check(self, arguments):
@@ -146,47 +161,51 @@ def _check(self, arguments):
         _check_shape(name, tensor, self.circuit.shapes[name], self._batched[name])
 
 
-def _complain(self, arguments):
+def _complain(self, tensors):
     "An engine met a number that cannot be: find it and say so"
-    for name, tensor in arguments.items():
+    for name, tensor in zip(self._batched, tensors, strict=False):
         _check_finite(name, tensor)
         if name in self._latents:
             _check_latents(name, tensor)
     raise NotFinite(what="the circuit's angles", n_bad=1, n_total=len(self.circuit.recipes))
 
 
-def _join(parts, like, shape):
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts, dim=-1) if parts else like.new_zeros(shape)
-
-
-def _gather(self, arguments):
-    "Arguments and tangled angles as a matrix of samples and a vector of shared entries"
-    batched = [arguments[name] for name, is_batched in self._batched.items() if is_batched]
-    single = [arguments[name].reshape(-1) for name, is_batched in self._batched.items() if not is_batched]
-    batch = batched[0].shape[0] if batched else 1
-    if any(tensor.shape[0] != batch for tensor in batched):
-        raise InvalidInput(f"batches of different sizes: {[tensor.shape[0] for tensor in batched]}.")
-    flat = [tensor.reshape(batch, -1) for tensor in batched]
-    if self.circuit.tangled is not None:
-        self._tangle(arguments, batch, flat, single)
-    like = (flat or single)[0]
-    return _join(flat, like, (batch, 0)), _join(single, like, (0,))
-
-
-def _tangle(self, arguments, batch, flat, single):
-    "Append the angles that only the recorded graph can compute"
-    values = [arguments[name] for name in self._batched]
-    dims = tuple(0 if is_batched else None for is_batched in self._batched.values())
-    kinds = [sample for recipe, sample in zip(self.circuit.recipes, self.circuit.per_slot_sample, strict=True) if recipe is None]
+def _tangle(self, tensors, like):
+    "The angles that only the recorded graph can compute, (batch, 1) or (1,)"
+    kinds = self._sampled[len(tensors):]
     def compute(*given): return tuple(self.circuit.tangled(*given))
-    found = torch.vmap(compute, in_dims=dims, out_dims=tuple(0 if sample else None for sample in kinds))(*values) if 0 in dims else compute(*values)
-    for value, sample in zip(found, kinds, strict=True):
-        (flat if sample else single).append(value.reshape(batch, 1) if sample else value.reshape(1))
+    if True in self._sampled:
+        dims = tuple(0 if is_batched else None for is_batched in self._batched.values())
+        compute = torch.vmap(compute, in_dims=dims, out_dims=tuple(0 if sample else None for sample in kinds))
+    return [value.reshape(-1, 1) if sample else value.reshape(1) for value, sample in zip(compute(*tensors), kinds, strict=True)]
 
 
-for _method in (_check, _complain, _gather, _tangle):
+def _joined(arrays, rows, dtype):
+    "Arrays side by side as (columns, rows)"
+    if len(arrays) == 1: return arrays[0].reshape(rows, -1).T
+    return np.concatenate([a.reshape(rows, -1).T for a in arrays]) if arrays else np.empty((0, rows), dtype)
+
+
+def _entries(self, arrays):
+    "Arguments and tangled angles as (n_entries, batch) of samples and (n_entries,) of shared numbers"
+    samples = [a for a, sampled in zip(arrays, self._sampled, strict=True) if sampled]
+    shared = [a for a, sampled in zip(arrays, self._sampled, strict=True) if not sampled]
+    batch, dtype = (samples[0].shape[0] if samples else 1), arrays[0].dtype
+    if any(len(a) != batch for a in samples): raise InvalidInput(f"batches of different sizes: {[len(a) for a in samples]}.")
+    return _joined(samples, batch, dtype), _joined(shared, 1, dtype)[:, 0]
+
+
+def _slopes(self, saved, grad, tensors, needed):
+    "Gradients of the tensors, in the order of the arguments"
+    of_shared, of_samples = self._backward(saved, grad, (True, True) in zip(needed, self._sampled, strict=True))
+    slopes = [
+        None if not need else (of_samples[rows].T if sampled else of_shared[rows]).reshape(tensor.shape)
+        for tensor, sampled, rows, need in zip(tensors, self._sampled, self._rows, needed, strict=True)
+    ]
+    return [None if slope is None else torch.from_numpy(slope) for slope in slopes]
+
+
+for _method in (_check, _complain, _tangle, _entries, _slopes):
     setattr(ExecutionPlan, _method.__name__, _method)
 
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
@@ -225,7 +244,7 @@ def _refuse(self, batch, itemsize, limit):
 
 def _forward(self, values, numbers, needs_grad):
     tile, keep = self._layout(values.shape[1], values.dtype.itemsize, needs_grad)
-    channels, saved = self._engine.run(self._tables, self._limits, values, numbers, tile, keep)
+    channels, saved = self._engine.run(self._bound, values, numbers, tile, keep)
     return results_from(self._engine.read, self._kinds, channels), saved
 
 
@@ -266,11 +285,11 @@ def compile_circuit(
     *,
     per_sample: tuple[str, ...] = ("inputs",),  # Arguments that come with a batch in front
     memory_limit: str | int | None = None,  # Logical bytes beyond inputs and outputs; None: what is left of the guard's limit, else of the machine
-    engine: str = "auto",  # `"statevector"` and `"heisenberg"` force one
+    engine: str = "auto",  # `"heisenberg"`, `"symmetric"` and `"statevector"` force one
 ) -> ExecutionPlan:  # Call it with the arguments by name
     "Compile a circuit once, to run it on batches"
-    if engine not in ("auto", "statevector", "heisenberg"):
-        raise InvalidInput(f"engine {engine!r} is unknown: use 'auto', 'statevector' or 'heisenberg'.")
+    if engine not in ("auto", *_KINDS):
+        raise InvalidInput(f"engine {engine!r} is unknown: use {', '.join(map(repr, ('auto', *_KINDS)))}.")
     shapes = {name: (shape,) if isinstance(shape, int) else tuple(shape) for name, shape in shapes.items()}
     circuit = trace(function, shapes, per_sample=tuple(name for name in per_sample if name in shapes))
     _check_readable(circuit)
