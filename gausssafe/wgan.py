@@ -268,7 +268,8 @@ class _Training:
 
     def epoch(self):
         "Mean losses of the critic and of the generator over an epoch"
-        losses = torch.stack([self.round() for _ in range(self.n_steps)])
+        try: losses = torch.stack([self.round() for _ in range(self.n_steps)])
+        except NotFinite as lost: raise NotFinite(what=f"noise's {lost.what}", n_bad=lost.n_bad, n_total=lost.n_total, step=self.step + 1) from lost
         self.check(losses)
         return losses[:, :-1].mean().item(), losses[:, -1].mean().item()
 
