@@ -51,8 +51,8 @@ _aten = torch.ops.aten
 _MOVES = {
     _aten.select.int,
     _aten.slice.Tensor,
-    _aten.view.default,
-    _aten._unsafe_view.default,
+    _aten.flip.default,
+    _aten.index_select.default,
     _aten.unsqueeze.default,
     _aten.squeeze.default,
     _aten.squeeze.dim,
@@ -61,8 +61,8 @@ _MOVES = {
     _aten.expand.default,
     _aten.t.default,
     _aten.alias.default,
-    _aten.reshape.default,
 }
+_SHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}  # Copies may lie otherwise than what they copy
 _COPIES = {_aten.clone.default, _aten.detach.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
 
 # %% ../nbs/13_trace.ipynb #9766e2f8
@@ -73,6 +73,7 @@ def _apply(node, args):
     if target in _COPIES: return first
     if target is operator.getitem: return first[rest[0]]
     if target is _aten.unbind.int: return [first.moved(torch.select, *(rest or [0]), i) for i in range(first.index.shape[(rest or [0])[0]])]
+    if target in _SHAPES: return first.moved(torch.reshape, *rest)
     if target in _MOVES and isinstance(first, Recipe): return first.moved(target, *rest)
     if target is _aten.neg.default: return first.mapped(-1.0, 0.0)
     if target in (_aten.asin.default, _aten.arcsin.default): return _arcsine(first)
@@ -234,7 +235,24 @@ _READABLE = {
 }
 
 
-def _measurement(m, place, n_wires):
+def _measurements(m, place, device_wires):
+    "A measurement of the function as ours: one, or for probabilities of an observable the expval of each outcome's projector"
+    _check_measurement(m, place, device_wires)
+    if m.obs is None or type(m).__name__ != "ProbabilityMP": return (_measurement(m, place, len(place)),)
+    return tuple(Measurement("expval", words=_words(projector, place, len(place))) for projector in _projectors(m.obs))
+
+
+def _projectors(observable):
+    "Projectors onto the outcomes of an observable, in PennyLane's order"
+    import pennylane as qml
+
+    gates = observable.diagonalizing_gates()
+    turn = qml.matrix(qml.prod(*gates[::-1]), wire_order=observable.wires) if gates else np.eye(2 ** len(observable.wires))
+    for row in np.asarray(turn):
+        yield qml.Hermitian(np.outer(row.conj(), row), wires=observable.wires)
+
+
+def _check_measurement(m, place, device_wires):
     kind = _READABLE.get(type(m).__name__)
     if kind is None:
         raise InvalidInput(
@@ -243,13 +261,16 @@ def _measurement(m, place, n_wires):
         )
     missing = [wire for wire in m.wires if wire not in place]
     if missing:
-        raise InvalidInput(f"{m} measures wire {missing[0]}, but the circuit has only the wires {list(place)}.")
-    if kind == "expval":
-        return Measurement(kind, words=_words(m.obs, place, n_wires))
-    if m.obs is not None:
+        raise InvalidInput(f"{m} measures wire {missing[0]}, but the circuit has only the wires {list(device_wires)}.")
+    if m.obs is not None and kind not in ("expval", "probs"):
         raise InvalidInput(
             f"{kind} of an observable is not supported: rotate into its basis (observable.diagonalizing_gates()) and return {kind} of the wires."
         )
+
+
+def _measurement(m, place, n_wires):
+    kind = _READABLE[type(m).__name__]
+    if kind == "expval": return Measurement(kind, words=_words(m.obs, place, n_wires))
     return Measurement(kind, wires=tuple(place[wire] for wire in m.wires) or tuple(range(n_wires)))
 
 # %% ../nbs/13_trace.ipynb #4f952915
@@ -265,6 +286,7 @@ class Circuit:
     shapes: dict[str, tuple[int, ...]]  # Of the arguments, without the batch
     per_sample: tuple[str, ...]  # The arguments that carry a batch
     shots: int | None = None
+    sizes: tuple[int, ...] = ()  # Results of each measurement that the function returns
 
 # %% ../nbs/13_trace.ipynb #9a12e794
 def _tape(function, arguments):
@@ -284,14 +306,21 @@ def _read(function, arguments, device_wires):
     import pennylane as qml
 
     operations, measured = _tape(function, arguments)
-    wires = device_wires or qml.wires.Wires.all_wires([op.wires for op in operations] + [m.wires for m in measured])
-    if len(wires) == 0: raise InvalidInput("the circuit has zero qubits: apply a gate or measure a wire.")
-    place = {wire: i for i, wire in enumerate(wires)}
+    occurring = qml.wires.Wires.all_wires([op.wires for op in operations] + [m.wires for m in measured])
+    place = {wire: i for i, wire in enumerate(_wires_in_use(occurring, device_wires, measured))}
     for op in operations:
         strange = [wire for wire in op.wires if wire not in place]
-        if strange: raise InvalidInput(f"{op.name} acts on wire {strange[0]}, but the device has only the wires {list(place)}.")
+        if strange: raise InvalidInput(f"{op.name} acts on wire {strange[0]}, but the device has only the wires {list(device_wires)}.")
     raw = [gate for op in operations for gate in basis_gates(op)]
-    return raw, tuple(_measurement(m, place, len(place)) for m in measured), place
+    return raw, tuple(_measurements(m, place, device_wires or place) for m in measured), place
+
+
+def _wires_in_use(occurring, device_wires, measured):
+    "Wires of the device that something happens to, in its order; all of them where a measurement names none"
+    if not (device_wires or occurring): raise InvalidInput("the circuit has zero qubits: apply a gate or measure a wire.")
+    if not device_wires: return occurring
+    every = any(len(m.wires) == 0 and m.obs is None for m in measured)
+    return [wire for wire in device_wires if every or wire in occurring] or [device_wires[0]]
 
 # %% ../nbs/13_trace.ipynb #a8764e3f
 def _angles(raw):
@@ -401,13 +430,14 @@ def trace(
     shapes: dict[str, tuple[int, ...]],  # Shape of every argument, without the batch
     *,
     per_sample: tuple[str, ...] = ("inputs",),  # Arguments that come with a batch in front
+    wires=None,  # Labels of the device's wires; None: those of a QNode's device, else those that occur
 ) -> Circuit:  # Gates, measurements, and how to find the angles
     "Run a PennyLane circuit once and keep what it did"
     import pennylane as qml
 
-    wires, shots = None, None
+    shots = None
     if isinstance(function, qml.QNode):
-        wires, shots, function = function.device.wires or None, function.shots.total_shots, _inner(function)
+        wires, shots, function = wires or function.device.wires or None, function.shots.total_shots, _inner(function)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise InvalidInput(f"an argument is empty: {shapes}")
     graph, raw, measurements, place = _record(function, shapes, wires)
@@ -418,8 +448,10 @@ def trace(
         Gate(name, tuple(place[w] for w in on), None if angle is None else next(angles), tuple((place[w], v) for w, v in controls))
         for name, on, angle, controls in raw
     )
+    sizes = tuple(sum(1 if m.kind == "expval" else 2 ** len(m.wires) for m in group) for group in measurements)
+    flat = tuple(m for group in measurements for m in group)
     return Circuit(
-        len(place), gates, measurements, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots
+        len(place), gates, flat, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots, sizes
     )
 
 
