@@ -21,7 +21,7 @@ from pennylane.devices.modifiers import simulator_tracking, single_tape_support
 from .circuits import ExecutionPlan
 from .errors import InvalidInput
 from .memory import read_limit
-from .trace import trace
+from .trace import trace, word_turns
 
 # %% ../nbs/27_device.ipynb #385071dc
 def _frozen(value, known=()):
@@ -76,8 +76,14 @@ def _opened(operations):
     "The operators of a tape, those made of operators decomposed"
     if not any(type(op) not in _PLAIN and op.hyperparameters and _opaque(op) for op in operations): return operations
     opened = []
-    for op in operations: opened.extend(_opened(op.decomposition()) if _opaque(op) and op.has_decomposition else [op])
+    for op in operations: opened.extend(_parts(op) if _opaque(op) else [op])
     return opened
+
+
+def _parts(op):
+    turns = word_turns(op) if isinstance(op, qml.ops.Exp) else None
+    if turns is not None: return [qml.PauliRot(angle, letters, wires) if letters else qml.GlobalPhase(angle) for letters, wires, angle in turns]
+    return _opened(op.decomposition()) if op.has_decomposition else [op]
 
 # %% ../nbs/27_device.ipynb #60ea160c
 class Parameter(NamedTuple):
@@ -161,7 +167,7 @@ class Packing:
             if not parts: continue
             if all(part.ndim == len(lead) for part in parts): found[name] = torch.stack(parts, -1)
             else: found[name] = torch.cat([part.reshape(*lead, -1) for part in parts], -1)
-        return found
+        return found or {"shared": torch.zeros(1, dtype=dtype)}
 
 # %% ../nbs/27_device.ipynb #ccaab17a
 def _function(operations, measurements, packing, numbers):
@@ -173,12 +179,19 @@ def _function(operations, measurements, packing, numbers):
             values[i] = part.reshape(packing.parameters[i].shape)
         at = 0
         for op in operations:
-            bound = [values.get(at + i, _plain(n)) for i, n in enumerate(op.data)]
-            at += len(bound)
-            with qml.QueuingManager.stop_recording(): op = qml.ops.functions.bind_new_parameters(op, bound) if bound else op
-            qml.apply(op)
+            bound = {i: values[at + i] for i in range(len(op.data)) if at + i in values}
+            at += len(op.data)
+            qml.apply(_bound(op, bound) if bound else op)
         return [qml.apply(m) for m in measurements]
     return rebuilt
+
+
+def _bound(op, values):
+    "The operator with new parameters, and nothing else changed"
+    with qml.QueuingManager.stop_recording():
+        new = qml.ops.functions.bind_new_parameters(op, [values.get(i, _plain(n)) for i, n in enumerate(op.data)])
+    if _frozen(new.hyperparameters, new.data) == _frozen(op.hyperparameters, op.data): return new
+    raise UnsupportedCircuit(f"{op.name} on wires {list(op.wires)} changes when it gets new parameters. Write it with other gates, or use default.qubit.")
 
 
 def _plain(number): return number.detach().cpu().numpy() if isinstance(number, torch.Tensor) else number
@@ -222,7 +235,7 @@ _MOST_PLANS = 64
 
 
 def _compiled(device, operations, measurements, numbers, packing):
-    shapes = {name: (size,) for name, size in zip(("shared", "batched"), packing.sizes, strict=True) if size}
+    shapes = {name: (size,) for name, size in zip(("shared", "batched"), packing.sizes, strict=True) if size} or {"shared": (1,)}
     function = _function(operations, measurements, packing, numbers)
     _check_constants(operations, numbers, packing.parameters, packing.constant)
     circuit = trace(function, shapes, per_sample=("batched",) if "batched" in shapes else (), wires=device.wires)
@@ -232,8 +245,9 @@ def _compiled(device, operations, measurements, numbers, packing):
 def _unused(plan, packing):
     "Positions of parameters that no angle of the plan is made of"
     used = {(r.source, int(r.index)) for r in plan.circuit.recipes if r is not None}
-    for node in plan.circuit.tangled.graph.nodes if plan.circuit.tangled is not None else ():
-        if node.op == "placeholder": used |= {(node.target.removesuffix("_1"), i) for user in node.users for i in _touched(user, packing)}
+    graph = plan.circuit.tangled
+    arguments = [node for node in graph.graph.nodes if node.op == "placeholder"] if graph is not None else []
+    for name, node in zip(plan.circuit.shapes, arguments, strict=False): used |= {(name, i) for user in node.users for i in _touched(user, packing)}
     names = {True: "batched", False: "shared"}
     return frozenset(i for i, (batched, first, last) in packing.places.items()
                      if last > first and not any((names[batched], at) in used for at in range(first, last)))
@@ -370,6 +384,7 @@ def execute_and_compute_vjp(self, circuits, cotangents, execution_config=None):
     return self.execute(circuits, execution_config), self.compute_vjp(circuits, cotangents, execution_config)
 
 
+@torch.enable_grad()
 def _vjp(self, tape, cotangent):
     packing, plan, numbers, batch = self._prepared(tape)
     for i in tape.trainable_params: numbers[i] = torch.as_tensor(np.asarray(numbers[i], dtype=float)).requires_grad_()

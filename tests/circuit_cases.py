@@ -128,7 +128,6 @@ _GATES = {
         qml.pow(qml.IsingXX(w[0], wires=[2, 3]), 0.25), qml.pow(qml.Rot(w[0], w[1], x[..., 0], wires=0), 2),
     ],
     "pow_unitary": lambda x, w: qml.pow(qml.QubitUnitary(unitary(2), wires=[1, 0]), 2),
-    "pow_negative": lambda x, w: qml.pow(qml.Rot(w[0], w[1], x[..., 0], wires=0), -1),
     "prod": lambda x, w: qml.prod(qml.RX(x[..., 0], wires=0), qml.CNOT([0, 1]), qml.RY(w[2], wires=1)),
     "ctrl_prod": lambda x, w: qml.ctrl(qml.prod(qml.RX(x[..., 0], wires=0), qml.CNOT([0, 1]), qml.RY(w[2], wires=1)), control=3),
     "exp": lambda x, w: qml.exp(qml.PauliX(0) @ qml.PauliY(1), -0.5j * w[0]),
@@ -147,7 +146,7 @@ _GATES = {
     "two_local": lambda x, w: qml.SimplifiedTwoDesign(w, torch.stack([w[:2], w[1:3], w[2:]]).reshape(-1)[: 6].reshape(-1, 3, 2)[:1].reshape(1, 3, 2), wires=range(4)),
     "particle": lambda x, w: qml.ParticleConservingU1(w.reshape(1, 2, 2)[:, :1].expand(1, 3, 2), wires=range(4)),
     "gate_fabric": lambda x, w: qml.GateFabric(w[:2].reshape(1, 1, 2), wires=range(4), init_state=[1, 1, 0, 0]),
-    "hidden_layer_qaoa": lambda x, w: qml.QAOAEmbedding(x[..., :3], w[:3].reshape(1, 3)[:, :3].repeat(1, 2), wires=range(3)),
+    "qaoa_embedding": lambda x, w: qml.QAOAEmbedding(x[..., :3], torch.cat([w, w[:2]]).reshape(1, 6), wires=range(3)),
     "basis_state_midway": lambda x, w: qml.BasisEmbedding([1, 0], wires=[0, 1]),
     "amplitude_damping_free": lambda x, w: qml.QubitUnitary(np.eye(2), wires=0),
     "special_unitary": lambda x, w: qml.SpecialUnitary(np.array([0.3, 0.2, -0.4]), wires=0),
@@ -312,8 +311,8 @@ for _name, _measure in _MEASURES.items():
 
 @case
 def string_wires(inputs, w):
-    spread(inputs, w, ("a", 3, "ancilla", (1, 2)))
-    return close(inputs, w, ("a", 3, "ancilla", (1, 2)))
+    spread(inputs, w, ("a", 3, "ancilla", -1))
+    return close(inputs, w, ("a", 3, "ancilla", -1))
 
 
 @case
