@@ -355,6 +355,7 @@ def setup_execution_config(self, config=None, circuit=None):
     config, torches = config or qml.devices.ExecutionConfig(), qml.math.Interface.TORCH
     method = config.gradient_method
     if method in ("best", "device"): method = "backprop" if config.interface in (torches, qml.math.Interface.NUMPY) else "adjoint"
+    if method == "adjoint" and config.interface is torches: method = "backprop"  # The plan's backward pass is the adjoint method
     if method == "backprop" and config.interface not in (torches, qml.math.Interface.NUMPY):
         raise UnsupportedCircuit(
             f"diff_method='backprop' on gausssafe.qubit goes through torch, and these parameters are {config.interface.value}'s. "

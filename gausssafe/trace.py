@@ -338,6 +338,7 @@ class Circuit:
     per_sample: tuple[str, ...]  # The arguments that carry a batch
     shots: int | None = None
     sizes: tuple[int, ...] = ()  # Results of each measurement that the function returns
+    returns: str = "list"  # What they come in: "one", "list" or "tuple"
 
 # %% ../nbs/13_trace.ipynb #9a12e794
 def _tape(function, arguments):
@@ -346,24 +347,25 @@ def _tape(function, arguments):
     with qml.queuing.AnnotatedQueue() as queue:
         returned = function(**arguments)
     tape = qml.tape.QuantumScript.from_queue(queue)
+    form = "tuple" if isinstance(returned, tuple) and len(returned) > 1 else "list" if isinstance(returned, (list, tuple)) else "one"
     returned = list(returned) if isinstance(returned, (list, tuple)) else [returned]
     if not all(isinstance(m, qml.measurements.MeasurementProcess) for m in returned):
         raise InvalidInput("the function must return measurements (qml.expval, qml.probs, ...), one or a list of them.")
-    return tape.operations, returned
+    return tape.operations, returned, form
 
 
 def _read(function, arguments, device_wires):
     "Run the function once: gates in our basis with raw angles, measurements, wires"
     import pennylane as qml
 
-    operations, measured = _tape(function, arguments)
+    operations, measured, form = _tape(function, arguments)
     occurring = qml.wires.Wires.all_wires([op.wires for op in operations] + [m.wires for m in measured])
     place = {wire: i for i, wire in enumerate(_wires_in_use(occurring, device_wires, measured))}
     for op in operations:
         strange = [wire for wire in op.wires if wire not in place]
         if strange: raise InvalidInput(f"{op.name} acts on wire {strange[0]}, but the device has only the wires {list(device_wires)}.")
     raw = [gate for op in operations for gate in basis_gates(op)]
-    return raw, tuple(_measurements(m, place, device_wires or place) for m in measured), place
+    return raw, tuple(_measurements(m, place, device_wires or place) for m in measured), place, form
 
 
 def _wires_in_use(occurring, device_wires, measured):
@@ -406,7 +408,7 @@ def _examples(shapes, seed):
 def _check_trace(function, shapes, device_wires, graph, raw, measurements):
     for seed in (1, 2):
         arguments = _examples(shapes, seed)
-        again, measured, _ = _read(function, arguments, device_wires)
+        again, measured, *_ = _read(function, arguments, device_wires)
         same = [g[:2] + g[3:] for g in again] == [g[:2] + g[3:] for g in raw] and measured == measurements
         if not same or not torch.allclose(_stack(_angles(again)), _stack(graph(*arguments.values())), atol=1e-9):
             raise InvalidInput(
@@ -491,7 +493,7 @@ def trace(
         wires, shots, function = wires or function.device.wires or None, function.shots.total_shots, _inner(function)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise InvalidInput(f"an argument is empty: {shapes}")
-    graph, raw, measurements, place = _record(function, shapes, wires)
+    graph, raw, measurements, place, form = _record(function, shapes, wires)
     _check_trace(function, shapes, wires, graph, raw, measurements)
     refs, recipes, sample, nodes = _number_slots(_slots(graph, shapes), per_sample)
     angles = iter(refs)
@@ -502,7 +504,8 @@ def trace(
     sizes = tuple(sum(1 if m.kind == "expval" else 2 ** len(m.wires) for m in group) for group in measurements)
     flat = tuple(m for group in measurements for m in group)
     return Circuit(
-        len(place), gates, flat, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots, sizes
+        len(place), gates, flat, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots, sizes,
+        form,
     )
 
 
