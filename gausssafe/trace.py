@@ -380,12 +380,35 @@ def _angles(raw):
     return [torch.as_tensor(angle, dtype=torch.float64).reshape(()) for _, _, angle, _ in raw if angle is not None]
 
 
+_LOOKS = ("the circuit looks at the value of an argument (.item(), .numpy(), if, int()), so it is not one circuit. Compute with tensors, or "
+          "compile one circuit for each case.")
+
+
+class _Watch(torch.overrides.TorchFunctionMode):
+    "Sees values leave for numpy, where a trace cannot follow"
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _ESCAPES and _depends(args[0]): raise InvalidInput(_LOOKS)
+        if function is torch.Tensor.__getitem__ and any(_depends(i) and i.dtype == torch.bool for i in _tensors(args[1])): raise InvalidInput(_LOOKS)
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(index): return [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, torch.Tensor)]
+
+
+_ESCAPES = {  # Values leave torch, or decide how many there are
+    torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__repr__, torch.nonzero, torch.Tensor.nonzero, torch.argwhere,
+    torch.Tensor.argwhere, torch.masked_select, torch.Tensor.masked_select, torch.unique, torch.Tensor.unique, torch.unique_consecutive,
+    torch.bincount, torch.Tensor.bincount,
+}
+
+
 def _record(function, shapes, device_wires):
     "Trace with make_fx: the graph of all angles, and what was read on the way"
     kept = []
 
     def all_angles(*values):
-        kept[:] = _read(function, dict(zip(shapes, values, strict=True)), device_wires)
+        with _Watch(): kept[:] = _read(function, dict(zip(shapes, values, strict=True)), device_wires)
         return _angles(kept[0])
 
     try:
@@ -393,10 +416,7 @@ def _record(function, shapes, device_wires):
     except RuntimeError as error:
         if "tracing" not in str(error):
             raise
-        raise InvalidInput(
-            "the circuit looks at the value of an argument (.item(), if, int()), so it is not one circuit. Compute with tensors, or compile "
-                "one circuit for each case."
-        ) from error
+        raise InvalidInput(_LOOKS) from error
     return graph, *kept
 
 
