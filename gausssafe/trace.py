@@ -63,7 +63,7 @@ _MOVES = {
     _aten.alias.default,
 }
 _SHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}  # Copies may lie otherwise than what they copy
-_COPIES = {_aten.clone.default, _aten.detach.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
+_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
 
 # %% ../nbs/13_trace.ipynb #9766e2f8
 def _apply(node, args):
@@ -414,6 +414,8 @@ def _record(function, shapes, device_wires):
     try:
         graph = make_fx(all_angles)(*_examples(shapes, 0).values())
     except RuntimeError as error:
+        if "same dtype" in str(error) or "scalar type" in str(error):
+            raise InvalidInput(f"the circuit mixes dtypes ({error}); it is traced in float64. Make its tensors with dtype=inputs.dtype.") from error
         if "tracing" not in str(error):
             raise
         raise InvalidInput(_LOOKS) from error
@@ -461,6 +463,21 @@ def _slots(graph, shapes):
     return [(node, {names[p] for p in _sources_cached(node, seen)}, found[node]) for node in outputs]
 
 
+def _is_double(node):
+    "Whether a node brings a dtype of its own, recorded as double"
+    return node.op == "get_attr" or node.kwargs.get("dtype") == torch.float64
+
+
+def _in_double(graph):
+    "Compute in double as when the graph was recorded, and answer in the dtype of the arguments"
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output): output.args = ([graph.call_method("type_as", (node, arguments[0])) for node in output.args[0]],)
+    for node in arguments:
+        with graph.inserting_after(arguments[-1]): double = graph.call_method("double", (node,))
+        node.replace_all_uses_with(double, delete_user_cb=lambda user, own=double: user is not own and user.target != "type_as")
+
+
 def _without_recipe(graph, nodes):
     "The graph cut down to the given outputs"
     if not nodes: return None
@@ -468,6 +485,7 @@ def _without_recipe(graph, nodes):
     mapping = {}
     copy.graph_copy(graph.graph, mapping)
     copy.output([mapping[node] for node in nodes])
+    if any(_is_double(node) for node in graph.graph.nodes): _in_double(copy)
     module = torch.fx.GraphModule(graph, copy)
     module.graph.eliminate_dead_code()
     module.recompile()

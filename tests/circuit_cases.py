@@ -253,6 +253,7 @@ _ANGLES = {
     "deg": lambda x, w: torch.deg2rad(x * 90),
     "erf": lambda x, w: torch.erf(x),
     "constant_row": lambda x, w: torch.ones(4, dtype=torch.float64) * 0.3,
+    "only_detached": lambda x, w: [x.detach()[0], w.detach()[1] * 2, x[1], w[0]],
     "detached": lambda x, w: x.detach() + w,
 }
 for _name, _angles in _ANGLES.items():

@@ -120,7 +120,7 @@ def test_hundreds_of_random_circuits_agree_with_default_qubit(program, engine, s
 
 UPLOADS = ["unitary_4", "multi_controlled_x_5", "controlled_unitary_2", "crot", "pauli_rot", "double_excitation_plus", "orbital_rotation", "qft_adjoint",
            "adjoint_gates", "ctrl_function", "ctrl_unitary", "pow_gates", "exp", "evolve_scaled", "select", "iqp", "state_prep_torch", "amplitude_embedding",
-           "arcsin_scaled", "atan2", "index", "transpose", "sum", "outer", "softmax", "hamiltonian", "projector_state", "hermitian_3", "probs_product",
+           "arcsin_scaled", "atan2", "index", "transpose", "sum", "outer", "softmax", "linear", "only_detached", "hamiltonian", "projector_state", "hermitian_3", "probs_product",
            "probs_all", "mixed_returns", "string_wires", "untouched", "no_gates", "uploads"]
 LOOSE = {"exp_inputs": 1e-10, "trotter_time": 1e-10}  # torch.linalg.matrix_exp, which default.qubit uses there, is off by 3e-11
 
