@@ -36,8 +36,7 @@ def _frozen(value, known=()):
     if isinstance(value, dict): return tuple((key, _frozen(v, known)) for key, v in value.items())
     if isinstance(value, (list, tuple)): return tuple(_frozen(v, known) for v in value)
     if isinstance(value, float): return value.hex()
-    if not isinstance(value, (str, int, complex, type(None), type)) and type(value).__hash__ in (None, object.__hash__): return repr(value)
-    return value
+    return repr(value) if type(value).__hash__ is None else value
 
 # %% ../nbs/27_device.ipynb #2b815b04
 _BY_VALUE = (
@@ -191,7 +190,9 @@ def _bound(op, values):
     with qml.QueuingManager.stop_recording():
         new = qml.ops.functions.bind_new_parameters(op, [values.get(i, _plain(n)) for i, n in enumerate(op.data)])
     if _frozen(new.hyperparameters, new.data) == _frozen(op.hyperparameters, op.data): return new
-    raise UnsupportedCircuit(f"{op.name} on wires {list(op.wires)} changes when it gets new parameters. Write it with other gates, or use default.qubit.")
+    raise UnsupportedCircuit(
+        f"{op.name} on wires {list(op.wires)} changes when it gets new parameters. Write it with other gates, or use default.qubit."
+    )
 
 
 def _plain(number): return number.detach().cpu().numpy() if isinstance(number, torch.Tensor) else number
@@ -276,7 +277,8 @@ def _results(plan, measurements, flat, batched):
     sizes = plan.circuit.sizes
     parts = flat.unbind(-1) if len(sizes) == flat.shape[-1] else flat.split(sizes, -1)
     plain = len(sizes) == flat.shape[-1]
-    found = tuple(part if plain or isinstance(m, qml.measurements.ProbabilityMP) else part[..., 0] for m, part in zip(measurements, parts, strict=True))
+    found = tuple(part if plain or isinstance(m, qml.measurements.ProbabilityMP) else part[..., 0]
+                  for m, part in zip(measurements, parts, strict=True))
     return found[0] if len(measurements) == 1 else found
 
 

@@ -105,7 +105,6 @@ def _swap(frame, a, b, controls):
 def _rotations_of(frame, gate):
     "The rotations of one gate, which also moves the frame"
     controls = tuple(frame.control(wire, value) for wire, value in gate.controls)
-    half_pi = Angle(None, 0.0, math.pi / 2)
     if gate.name == "X": yield from _not(frame, gate.wires[0], gate.controls)
     elif gate.name == "SWAP": yield from _swap(frame, *gate.wires, gate.controls)
     elif gate.name == "RZ": yield from _phase(frame, gate.wires, gate.angle, controls)

@@ -1,5 +1,6 @@
 "Circuits that people write, each as a function of `inputs` (a row of 4 numbers in [0, 1]) and `w` (4 numbers): what a compiled plan must get right"
 
+import functools
 import math
 
 import numpy as np
@@ -63,7 +64,8 @@ for _n in (1, 2, 3, 4):
     gate_case(f"unitary_{_n}", lambda x, w, n=_n: qml.QubitUnitary(unitary(n), wires=[2, 0, 3, 1][:n]))
     gate_case(f"diagonal_{_n}", lambda x, w, n=_n: qml.DiagonalQubitUnitary(np.exp(1j * np.arange(2**n) ** 1.5), wires=[2, 0, 3, 1][:n]))
 for _n in (1, 2, 3, 4, 5):
-    gate_case(f"multi_controlled_x_{_n}", lambda x, w, n=_n: qml.MultiControlledX(wires=[2, 0, 3, 1, "a", "b"][: n + 1], control_values=([1, 0] * 3)[:n]))
+    _gate = functools.partial(qml.MultiControlledX, wires=[2, 0, 3, 1, "a", "b"][: _n + 1], control_values=([1, 0] * 3)[:_n])
+    gate_case(f"multi_controlled_x_{_n}", lambda x, w, gate=_gate: gate())
 _GATES = {
     "unitary_torch": lambda x, w: qml.QubitUnitary(torch.as_tensor(unitary(2)), wires=[2, 0]),
     "controlled_unitary": lambda x, w: qml.ControlledQubitUnitary(unitary(1), wires=[3, 1]),
@@ -143,7 +145,7 @@ _GATES = {
     "select": lambda x, w: qml.Select([qml.RX(w[0], wires=2), qml.RY(x[..., 0], wires=2), qml.PauliX(2), qml.Identity(2)], control=[0, 1]),
     "iqp": lambda x, w: qml.IQPEmbedding(x, wires=range(4), n_repeats=2),
     "random_layers": lambda x, w: qml.RandomLayers(w.reshape(2, 2), wires=range(4), seed=3),
-    "two_local": lambda x, w: qml.SimplifiedTwoDesign(w, torch.stack([w[:2], w[1:3], w[2:]]).reshape(-1)[: 6].reshape(-1, 3, 2)[:1].reshape(1, 3, 2), wires=range(4)),
+    "two_design": lambda x, w: qml.SimplifiedTwoDesign(w, torch.stack([w[:2], w[1:3], w[2:]]).reshape(1, 3, 2), wires=range(4)),
     "particle": lambda x, w: qml.ParticleConservingU1(w.reshape(1, 2, 2)[:, :1].expand(1, 3, 2), wires=range(4)),
     "gate_fabric": lambda x, w: qml.GateFabric(w[:2].reshape(1, 1, 2), wires=range(4), init_state=[1, 1, 0, 0]),
     "qaoa_embedding": lambda x, w: qml.QAOAEmbedding(x[..., :3], torch.cat([w, w[:2]]).reshape(1, 6), wires=range(3)),

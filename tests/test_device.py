@@ -22,14 +22,15 @@ def flat(results):
 
 
 def pair(circuit, wires=None, **options):
-    return qml.QNode(circuit, GausssafeQubit(wires=wires), **options), qml.QNode(circuit, qml.device("default.qubit", wires=wires), diff_method="backprop")
+    stock = qml.QNode(circuit, qml.device("default.qubit", wires=wires), diff_method="backprop")
+    return qml.QNode(circuit, GausssafeQubit(wires=wires), **options), stock
 
 
-def values_and_gradients(node, x, w, cotangent=None):
+def values_and_gradients(node, x, w):
     a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = flat(node(a, b))
-    generator = torch.Generator().manual_seed(1)
-    grads = torch.autograd.grad(y, (a, b), torch.rand(y.shape, generator=generator, dtype=y.dtype), allow_unused=True) if y.requires_grad else (None, None)
+    cotangent = torch.rand(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    grads = torch.autograd.grad(y, (a, b), cotangent, allow_unused=True) if y.requires_grad else (None, None)
     return y.detach(), [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (a, b), strict=True)]
 
 
@@ -64,10 +65,13 @@ def test_hundreds_of_random_circuits_agree_with_default_qubit(program, seed):
     assert_agree(built(program), x, w)
 
 
-GATES = ["unitary_3", "diagonal_2", "multi_controlled_x_5", "crot", "pauli_rot", "double_excitation", "qft_adjoint", "adjoint_gates", "ctrl_two_values",
-         "ctrl_unitary", "pow_gates", "prod", "evolve", "trotter", "select", "iqp", "state_prep", "mottonen", "angle_arcsin", "strongly", "sin", "atan2",
-         "hamiltonian", "squared", "projector_basis", "hermitian_2", "hermitian_product", "probs_wires", "probs_all", "probs_hermitian", "mixed_returns",
-         "tuple", "untouched", "same_twice", "constant", "no_gates", "uploads", "adjoint_function", "ctrl_function", "exp_constant", "basis_state"]
+GATES = [
+    "unitary_3", "diagonal_2", "multi_controlled_x_5", "crot", "pauli_rot", "double_excitation", "qft_adjoint", "adjoint_gates",
+    "ctrl_two_values", "ctrl_unitary", "pow_gates", "prod", "evolve", "trotter", "select", "iqp", "state_prep", "mottonen",
+    "angle_arcsin", "strongly", "sin", "atan2", "hamiltonian", "squared", "projector_basis", "hermitian_2", "hermitian_product",
+    "probs_wires", "probs_all", "probs_hermitian", "mixed_returns", "tuple", "untouched", "same_twice", "constant", "no_gates",
+    "uploads", "adjoint_function", "ctrl_function", "exp_constant", "basis_state",
+]
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -115,13 +119,20 @@ def test_fresh_parameters_use_the_same_plan_and_are_never_kept():
     assert len(ours.device._families) == 1
 
 
+READINGS = {
+    "expval": lambda: qml.expval(qml.PauliZ(0)),
+    "probs": lambda: qml.probs(wires=[0, 1]),
+    "both": lambda: [qml.probs(wires=0), qml.expval(qml.PauliX(1))],
+}
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,)])
-@pytest.mark.parametrize("measure", [lambda: qml.expval(qml.PauliZ(0)), lambda: qml.probs(wires=[0, 1]), lambda: [qml.probs(wires=0), qml.expval(qml.PauliX(1))]])
-def test_results_have_the_shapes_of_default_qubit(shape, measure):
+@pytest.mark.parametrize("reading", READINGS)
+def test_results_have_the_shapes_of_default_qubit(shape, reading):
     def circuit(x, w):
         qml.RX(x, wires=0)
         qml.CRY(w, wires=[0, 1])
-        return measure()
+        return READINGS[reading]()
 
     ours, stock = pair(circuit, 2)
     for x, w in ((torch.rand(shape), torch.tensor(0.3)), (np.random.default_rng(0).random(shape), 0.3)):
