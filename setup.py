@@ -31,6 +31,7 @@ setup(
     entry_points={
         "console_scripts": config["console_scripts"].split(),
         "jupyter_client.kernel_provisioners": ["gausssafe=gausssafe.provisioner:GuardProvisioner"],
+        "pennylane.plugins": ["gausssafe.qubit=gausssafe.device:GausssafeQubit"],
         "papermill.engine": ["gausssafe=gausssafe.engine:PapermillEngine"],
         "nbdev": ["gausssafe=gausssafe._modidx:d"],
     },

@@ -328,10 +328,21 @@ class QuantumLayer(torch.nn.Module):
             self._plans[n_features] = compile_circuit(self.qnode, {"inputs": (n_features,), **self.shapes}, memory_limit=self.memory_limit)
         return self._plans[n_features]
 
+    @property
+    def qnode_weights(self) -> dict[str, torch.nn.Parameter]:
+        return {name: getattr(self, name) for name in self.shapes}
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # (..., n_results) for inputs (..., n_features)
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        plan, lead = self.plan(inputs.shape[-1]), inputs.shape[:-1]
         weights = {name: getattr(self, name).to(inputs) for name in self.shapes}
-        return self.plan(inputs.shape[-1])(inputs=flat, **weights).reshape(*inputs.shape[:-1], -1)
+        found = plan(inputs=inputs.reshape(-1, inputs.shape[-1]), **weights)
+        if plan.circuit.returns == "list": return found.reshape(*lead, -1)
+        if plan.circuit.returns == "one": return found.reshape(lead if found.shape[1] == 1 else (*lead, -1))
+        return _stacked(found, plan.circuit.sizes, lead)
+
+    def extra_repr(self):
+        shapes = "".join(f", {name}: {shape}" for name, shape in self.shapes.items())
+        return f"func={getattr(self.qnode, '__name__', 'circuit')}{shapes}, memory_limit={self.memory_limit}"
 
 # %% ../nbs/22_circuits.ipynb #b860debd
 def _check_signature(qnode, weight_shapes):
@@ -342,9 +353,17 @@ def _check_signature(qnode, weight_shapes):
         raise InvalidInput(f"weight_shapes names {sorted(weight_shapes)}, but the circuit's weights are {sorted(names - {'inputs'})}.")
 
 
+def _stacked(found, sizes, lead):
+    "What TorchLayer makes of a tuple: one measurement after the other in front of the batch"
+    if len(set(sizes)) > 1:
+        raise InvalidInput(f"a tuple of measurements with {', '.join(map(str, sizes))} results cannot be stacked: return a list, which is joined.")
+    return found.reshape(-1, len(sizes), sizes[0]).transpose(0, 1).reshape(len(sizes), *lead, sizes[0])
+
+
 def _initial(name, shape, init_method):
     "TorchLayer's rule: uniform in [0, 2 pi] unless told otherwise"
     init = init_method.get(name) if isinstance(init_method, dict) else init_method
     if isinstance(init, torch.Tensor):
-        return init.clone()
+        if init.shape != shape: raise InvalidInput(f"init_method gives {name} a tensor of shape {tuple(init.shape)}; weight_shapes says {shape}.")
+        return init.detach().clone()
     return torch.nn.init.uniform_(torch.empty(shape), b=2 * math.pi) if init is None else init(torch.empty(shape))

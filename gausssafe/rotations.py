@@ -75,8 +75,13 @@ def _phase(frame, wires, angle, controls):
         yield whole
 
 
-def _turn(frame, wire, angle, controls):
-    yield Rotation(frame.x[wire], frame.z[wire], angle.times(-1 if frame.inverted[wire] else 1), controls)
+def _turn(frame, letters, angle, controls):
+    "A rotation about a word with an odd number of Ys"
+    z, inverted = frame.parity_of([wire for wire, letter in letters.items() if letter in "YZ"])
+    x = 0
+    for wire, letter in letters.items(): x ^= frame.x[wire] if letter in "XY" else 0
+    sign = (-1) ** (inverted + list(letters.values()).count("Y") // 2)
+    return Rotation(x, z, angle.times(sign), controls)
 
 
 def _not(frame, wire, controls):
@@ -100,17 +105,25 @@ def _swap(frame, a, b, controls):
 def _rotations_of(frame, gate):
     "The rotations of one gate, which also moves the frame"
     controls = tuple(frame.control(wire, value) for wire, value in gate.controls)
-    half_pi = Angle(None, 0.0, math.pi / 2)
     if gate.name == "X": yield from _not(frame, gate.wires[0], gate.controls)
     elif gate.name == "SWAP": yield from _swap(frame, *gate.wires, gate.controls)
     elif gate.name == "RZ": yield from _phase(frame, gate.wires, gate.angle, controls)
-    elif gate.name == "RY": yield from _turn(frame, gate.wires[0], gate.angle, controls)
     elif gate.name == "Global": yield from _phase(frame, (), gate.angle.times(2), controls)
     elif gate.name == "Phase": yield from _phase(frame, (), gate.angle.times(-2), (*controls, frame.control(gate.wires[0], 1)))
-    else:  # RX is RY between two quarter phases
-        yield from _phase(frame, gate.wires, half_pi, ())
-        yield from _turn(frame, gate.wires[0], gate.angle, controls)
-        yield from _phase(frame, gate.wires, half_pi.times(-1), ())
+    else: yield from _word_turn(frame, dict(zip(gate.wires, gate.name[1:], strict=True)), gate.angle, controls)
+
+
+def _word_turn(frame, letters, angle, controls):
+    "A rotation about a word: with an even number of Ys, between two quarter phases that turn a Y into an X or an X into a Y"
+    if list(letters.values()).count("Y") % 2: yield _turn(frame, letters, angle, controls)
+    elif set(letters.values()) == {"Z"}: yield from _phase(frame, tuple(letters), angle, controls)
+    else:
+        wire = next((w for w, letter in letters.items() if letter == "X"), None)
+        quarter = Angle(None, 0.0, math.pi / 2 if wire is not None else -math.pi / 2)
+        wire, other = (wire, "Y") if wire is not None else (next(w for w, letter in letters.items() if letter == "Y"), "X")
+        yield from _phase(frame, (wire,), quarter, ())
+        yield _turn(frame, {**letters, wire: other}, angle, controls)
+        yield from _phase(frame, (wire,), quarter.times(-1), ())
 
 
 def _gates(frame, gates):

@@ -10,6 +10,7 @@ import numpy as np
 import pennylane as qml
 import pytest
 import torch
+from circuit_cases import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import circuit_expvals
@@ -71,7 +72,9 @@ def built(program):
 
 def slow(circuit, n, x, w):
     node = qml.QNode(circuit, qml.device("default.qubit", wires=n), diff_method="backprop")
-    return torch.stack([torch.hstack([torch.as_tensor(r).reshape(-1) for r in node(row, w)]) for row in x])
+    results = [node(row, w) for row in x]
+    rows = [row if isinstance(row, (list, tuple)) else [row] for row in results]
+    return torch.stack([torch.hstack([torch.as_tensor(r).real.reshape(-1) for r in row]) for row in rows])
 
 
 def both(plan, circuit, n, x, w):
@@ -113,6 +116,161 @@ def test_random_circuits_agree_with_default_qubit(program, engine, seed):
 @any_program
 def test_hundreds_of_random_circuits_agree_with_default_qubit(program, engine, seed):
     agrees(program, engine, seed)
+
+
+EVERYDAY = [
+    "unitary_4", "multi_controlled_x_5", "controlled_unitary_2", "crot", "pauli_rot", "double_excitation_plus",
+    "orbital_rotation", "qft_adjoint", "adjoint_gates", "ctrl_function", "ctrl_unitary", "pow_gates", "exp", "evolve_scaled",
+    "select", "iqp", "state_prep_torch", "amplitude_embedding", "arcsin_scaled", "atan2", "index", "transpose", "sum", "outer",
+    "softmax", "linear", "only_detached", "hamiltonian", "projector_state", "hermitian_3", "probs_product", "probs_all",
+    "mixed_returns", "string_wires", "untouched", "no_gates", "uploads",
+]
+LOOSE = {"exp_inputs": 1e-10, "trotter_time": 1e-10}  # torch.linalg.matrix_exp, which default.qubit uses there, is off by 3e-11
+
+
+def case_agrees(name, engine, batch=3):
+    circuit, g = CASES[name], torch.Generator().manual_seed(3)
+    x, w = torch.rand(batch, 4, generator=g, dtype=torch.float64), torch.rand(4, generator=g, dtype=torch.float64) * 4 - 2
+    plan = compile_circuit(circuit, {"inputs": (4,), "w": (4,)}, engine=engine)
+    (y, grads), (expected, slow_grads) = both(plan, circuit, None, x, w)
+    assert (y - expected).abs().max() < LOOSE.get(name, 1e-12)
+    for ours, theirs in zip(grads, slow_grads, strict=True): assert (ours - theirs).abs().max() < LOOSE.get(name, 1e-12) * max(1, theirs.abs().max())
+    single = [(t.float().requires_grad_(), t.clone().requires_grad_()) for t in (x, w)]
+    results = [plan(inputs=a, w=b) for a, b in zip(*single, strict=True)]
+    assert results[0].dtype == torch.float32 and (results[0] - results[1]).abs().max() < 5e-6
+    if not results[0].requires_grad: return
+    norms = [torch.autograd.grad(y.square().sum(), [pair[i] for pair in single]) for i, y in enumerate(results)]
+    for a, b in zip(*norms, strict=True): assert (a - b).norm() < 1e-5 * max(float(b.norm()), 0.1)
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_what_people_write(name):
+    case_agrees(name, "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["auto", "statevector"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "sparse"])
+def test_everything_people_write(name, engine):
+    case_agrees(name, engine)
+
+
+def test_an_exponential_is_its_rotation():
+    "Where torch's matrix exponential is inaccurate, against PauliRot"
+
+    def rotated(inputs, w):
+        qml.RX(w[0], wires=0)
+        qml.RY(inputs[1], wires=1)
+        qml.PauliRot(-2 * inputs[0], "XY", wires=[0, 1])
+        return qml.probs(wires=[0, 1])
+
+    def exponential(inputs, w):
+        qml.RX(w[0], wires=0)
+        qml.RY(inputs[1], wires=1)
+        qml.exp(qml.PauliX(0) @ qml.PauliY(1), 1j * inputs[0])
+        return qml.probs(wires=[0, 1])
+
+    x, w = torch.rand(5, 2, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
+    y = compile_circuit(exponential, {"inputs": (2,), "w": (1,)})(inputs=x, w=w)
+    assert (y - slow(rotated, 2, x, w)).abs().max() < 1e-14
+
+
+PEEKS = {
+    "item": lambda x: x[0].item() > 5,
+    "if": lambda x: x[0] > 5,
+    "numpy": lambda x: x.detach().numpy()[0] > 5,
+    "asarray": lambda x: np.asarray(x.detach()).max() > 5,
+    "tolist": lambda x: x.tolist()[0] > 5,
+    "float": lambda x: float(x[0]) > 5,
+    "any": lambda x: torch.any(x > 5),
+    "nonzero": lambda x: len(torch.nonzero(x > 5)) > 0,
+    "mask": lambda x: len(x[x > 5]) > 0,
+    "text": lambda x: "9." in f"{x[0]:.1f}",
+    "repr": lambda x: "9." in repr(x),
+    "math": lambda x: qml.math.allclose(x, 5.0),
+}
+
+
+@pytest.mark.parametrize("peek", PEEKS)
+@pytest.mark.parametrize("name", ["inputs", "w"])
+def test_a_circuit_that_looks_at_values_is_refused(peek, name):
+    "Even where the branch is so rare that no trial run would take it"
+
+    def circuit(inputs, w):
+        if PEEKS[peek]({"inputs": inputs, "w": w}[name]): qml.PauliX(wires=0)
+        qml.RY(inputs[0] * w[0], wires=0)
+        return qml.expval(qml.PauliZ(0))
+
+    with pytest.raises(InvalidInput, match="looks at the value of an argument.*Compute with tensors"):
+        compile_circuit(circuit, {"inputs": (2,), "w": (2,)})
+
+
+def test_several_inputs_and_weights_without_dimensions():
+    def circuit(a, b, w, c):
+        qml.RX(a[0] * c, wires="q")
+        qml.RY(b + w[1], wires=7)
+        qml.IsingXY(c, wires=["q", 7])
+        return {"z": qml.expval(qml.PauliZ(7))}["z"], qml.probs(wires=["q"])
+
+    plan = compile_circuit(circuit, {"a": (2,), "b": (), "w": (2,), "c": ()}, per_sample=("a", "b"))
+    g = torch.Generator().manual_seed(0)
+    a, b, w, c = (torch.rand(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((5, 2), (5,), (2,), ()))
+    y = plan(a=a, b=b, w=w, c=c)
+    node = qml.QNode(circuit, qml.device("default.qubit"), diff_method="backprop")
+    expected = torch.stack([torch.hstack(list(node(a[i], b[i], w, c))) for i in range(5)])
+    assert (y - expected).abs().max() < 1e-13
+    for ours, theirs in zip(*(torch.autograd.grad(r.square().sum(), (a, b, w, c)) for r in (y, expected)), strict=True):
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-12
+
+
+def test_qubits_of_a_device_that_nothing_happens_to_cost_nothing():
+    node = qml.QNode(deep, qml.device("default.qubit", wires=30))
+    assert compile_circuit(node, {"inputs": (3,), "w": (1, 3, 3)}).circuit.n_wires == 3
+
+
+RETURNS = {
+    "one": lambda: qml.expval(qml.PauliZ(0)),
+    "list": lambda: [qml.expval(qml.PauliZ(i)) for i in range(3)],
+    "list of one": lambda: [qml.expval(qml.PauliZ(0))],
+    "tuple": lambda: (qml.expval(qml.PauliZ(0)), qml.expval(qml.PauliZ(1))),
+    "probs": lambda: qml.probs(wires=[0, 1]),
+    "tuple of probs": lambda: (qml.probs(wires=[0, 1]), qml.probs(wires=[1, 2])),
+    "mixed list": lambda: [qml.expval(qml.PauliZ(0)), qml.probs(wires=[1, 2])],
+}
+
+
+@pytest.mark.parametrize("returned", RETURNS)
+def test_the_layer_gives_the_shapes_of_torchlayer(returned):
+    @qml.qnode(qml.device("default.qubit", wires=3))
+    def qnode(inputs, w, b):
+        qml.AngleEmbedding(inputs, wires=range(3))
+        qml.StronglyEntanglingLayers(w, wires=range(3))
+        qml.RX(b, wires=0)
+        return RETURNS[returned]()
+
+    shapes = {"w": (2, 3, 3), "b": 1}
+    stock, layer = qml.qnn.TorchLayer(qnode, shapes), QuantumLayer(qnode, shapes)
+    layer.load_state_dict(stock.state_dict())
+    for lead in ((), (1,), (5,), (2, 4)):
+        x = torch.rand(*lead, 3)
+        assert layer(x).shape == stock(x).shape and (layer(x) - stock(x)).abs().max() < 5e-6
+    assert layer.double()(torch.rand(2, 3, dtype=torch.float64)).dtype == torch.float64
+    assert layer.qnode_weights.keys() == stock.qnode_weights.keys() and layer.b.shape == ()
+
+
+def test_the_layer_in_a_network():
+    @qml.qnode(qml.device("default.qubit", wires=3))
+    def qnode(inputs, w):
+        return deep(inputs, w)
+
+    layer = QuantumLayer(qnode, {"w": (2, 3, 3)}, init_method=torch.nn.init.normal_)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 3), layer, torch.nn.Linear(3, 1))
+    net(torch.rand(4, 5)).sum().backward()
+    assert layer.w.grad.abs().sum() > 0 and "func=qnode, w: (2, 3, 3)" in str(net)
+    with pytest.raises(InvalidInput, match=r"gives w a tensor of shape \(3,\); weight_shapes says \(2, 3, 3\)"):
+        QuantumLayer(qnode, {"w": (2, 3, 3)}, init_method={"w": torch.zeros(3)})
+    uneven = QuantumLayer(lambda inputs: (deep(inputs, torch.zeros(1, 3, 3))[0], qml.probs(wires=[0, 1])), {})
+    with pytest.raises(InvalidInput, match="1, 4 results cannot be stacked: return a list"): uneven(torch.rand(3))
 
 
 def templates(inputs, w):

@@ -1,0 +1,281 @@
+"The registered device against default.qubit: values, gradients, batches, methods, refusals, threads"
+
+import sys
+import threading
+
+import numpy as np
+import pennylane as qml
+import pytest
+import torch
+from circuit_cases import CASES, unitary
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_circuits import LOOSE, built, programs
+
+from gausssafe.device import GausssafeQubit, UnsupportedCircuit
+from gausssafe.errors import MemoryBudgetExceeded
+
+
+def flat(results):
+    results = results if isinstance(results, (list, tuple)) else [results]
+    return torch.cat([torch.as_tensor(r).real.reshape(-1) for r in results]).double()
+
+
+def pair(circuit, wires=None, **options):
+    stock = qml.QNode(circuit, qml.device("default.qubit", wires=wires), diff_method="backprop")
+    return qml.QNode(circuit, GausssafeQubit(wires=wires), **options), stock
+
+
+def values_and_gradients(node, x, w):
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = flat(node(a, b))
+    cotangent = torch.rand(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    grads = torch.autograd.grad(y, (a, b), cotangent, allow_unused=True) if y.requires_grad else (None, None)
+    return y.detach(), [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (a, b), strict=True)]
+
+
+def assert_agree(circuit, x, w, wires=None, tolerance=1e-12):
+    ours, stock = pair(circuit, wires)
+    (y, grads), (expected, slow) = values_and_gradients(ours, x, w), values_and_gradients(stock, x, w)
+    assert y.shape == expected.shape and (y - expected).abs().max() < tolerance
+    for a, b in zip(grads, slow, strict=True):
+        assert (a - b).abs().max() < tolerance * max(1, float(b.abs().max()))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the entry point of an installed package")
+def test_the_registered_name():
+    device = qml.device("gausssafe.qubit", wires=2, memory_limit="1GB")
+    assert isinstance(device, GausssafeQubit) and device.memory_limit == 10**9 and device.name == "gausssafe.qubit" and len(device.wires) == 2
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs(), st.integers(0, 99))
+def test_random_circuits_agree_with_default_qubit(program, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, w = torch.rand(5, 3, generator=g, dtype=torch.float64), torch.rand(3, generator=g, dtype=torch.float64) * 6 - 3
+    assert_agree(built(program), x, w)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs(), st.integers(0, 99))
+def test_hundreds_of_random_circuits_agree_with_default_qubit(program, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, w = torch.rand(5, 3, generator=g, dtype=torch.float64), torch.rand(3, generator=g, dtype=torch.float64) * 6 - 3
+    assert_agree(built(program), x, w)
+
+
+GATES = [
+    "unitary_3", "diagonal_2", "multi_controlled_x_5", "crot", "pauli_rot", "double_excitation", "qft_adjoint", "adjoint_gates",
+    "ctrl_two_values", "ctrl_unitary", "pow_gates", "prod", "evolve", "trotter", "select", "iqp", "state_prep", "mottonen",
+    "angle_arcsin", "strongly", "sin", "atan2", "hamiltonian", "squared", "projector_basis", "hermitian_2", "hermitian_product",
+    "probs_wires", "probs_all", "probs_hermitian", "mixed_returns", "tuple", "untouched", "same_twice", "constant", "no_gates",
+    "uploads", "adjoint_function", "ctrl_function", "exp_constant", "basis_state",
+]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_what_people_write(name):
+    g = torch.Generator().manual_seed(3)
+    assert_agree(CASES[name], torch.rand(3, 4, generator=g, dtype=torch.float64), torch.rand(4, generator=g, dtype=torch.float64) * 4 - 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in GATES])
+def test_everything_else_people_write(name):
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.rand(3, 4, generator=g, dtype=torch.float64), torch.rand(4, generator=g, dtype=torch.float64) * 4 - 2
+    _, stock = pair(CASES[name])
+    try: values_and_gradients(stock, x, w)
+    except Exception as error: pytest.skip(f"default.qubit does not broadcast it: {type(error).__name__}")
+    try: assert_agree(CASES[name], x, w, tolerance=LOOSE.get(name, 1e-12))
+    except UnsupportedCircuit as refused: assert "use default.qubit" in str(refused) or "Use" in str(refused) or "Compute" in str(refused), refused
+
+
+def entangler(x, w):
+    qml.AngleEmbedding(x, wires=range(3))
+    qml.StronglyEntanglingLayers(w, wires=range(3))
+    return [qml.expval(qml.PauliZ(i)) for i in range(3)]
+
+
+def weights(layers=2, dtype=torch.float64):
+    return torch.rand(layers, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype) * 6
+
+
+def test_fresh_parameters_use_the_same_plan_and_are_never_kept():
+    ours, stock = pair(entangler, 3)
+    for seed in range(4):
+        x, w = torch.rand(seed + 1, 3, dtype=torch.float64), torch.rand(2, 3, 3, dtype=torch.float64)
+        assert (flat(ours(x, w)) - flat(stock(x, w))).abs().max() < 1e-13
+    assert len(ours.device._families) == 1
+
+    def matrix(u, angle):
+        qml.RX(angle, wires=0)
+        qml.QubitUnitary(u, wires=0)
+        return qml.expval(qml.PauliZ(0))
+
+    ours, stock = pair(matrix, 1)
+    for seed in range(3): assert abs(ours(unitary(1, seed), 0.1 * seed) - stock(unitary(1, seed), 0.1 * seed)) < 1e-13
+    assert len(ours.device._families) == 1
+
+
+READINGS = {
+    "expval": lambda: qml.expval(qml.PauliZ(0)),
+    "probs": lambda: qml.probs(wires=[0, 1]),
+    "both": lambda: [qml.probs(wires=0), qml.expval(qml.PauliX(1))],
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,)])
+@pytest.mark.parametrize("reading", READINGS)
+def test_results_have_the_shapes_of_default_qubit(shape, reading):
+    def circuit(x, w):
+        qml.RX(x, wires=0)
+        qml.CRY(w, wires=[0, 1])
+        return READINGS[reading]()
+
+    ours, stock = pair(circuit, 2)
+    for x, w in ((torch.rand(shape), torch.tensor(0.3)), (np.random.default_rng(0).random(shape), 0.3)):
+        a, b = ours(x, w), stock(x, w)
+        assert type(a) is type(b) or not isinstance(b, (tuple, list))
+        for one, other in zip(a if isinstance(a, (tuple, list)) else [a], b if isinstance(b, (tuple, list)) else [b], strict=True):
+            assert np.shape(one) == np.shape(other) and isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)
+
+
+def test_single_precision_stays_single():
+    ours, stock = pair(entangler, 3)
+    x, w = torch.rand(9, 3), weights(dtype=torch.float32)
+    assert ours(x, w)[0].dtype == torch.float32 and (flat(ours(x, w)) - flat(stock(x.double(), w.double()))).abs().max() < 5e-6
+
+
+def test_a_batch_of_tapes():
+    tapes = [qml.tape.QuantumScript([qml.RX(0.1 * i, 0), qml.CNOT([0, 1])], [qml.expval(qml.PauliZ(1)), qml.probs(wires=0)]) for i in range(4)]
+    found, expected = GausssafeQubit(wires=2).execute(tapes), qml.device("default.qubit", wires=2).execute(tapes)
+    for a, b in zip(found, expected, strict=True): assert all(np.allclose(x, y, atol=1e-14) for x, y in zip(a, b, strict=True))
+    assert np.allclose(GausssafeQubit().execute(tapes[1])[0], expected[1][0], atol=1e-14)
+    with qml.Tracker(device := GausssafeQubit(wires=2)) as tracker: device.execute(tapes)
+    assert tracker.totals["simulations"] == 4
+
+
+@pytest.mark.parametrize("method", ["best", "backprop", "adjoint", "parameter-shift", "finite-diff"])
+def test_gradient_methods(method):
+    x, w = torch.tensor([0.3, 0.1, 0.8], dtype=torch.float64), weights()
+    ours, stock = pair(entangler, 3, diff_method=method)
+    (y, grads), (expected, slow) = values_and_gradients(ours, x, w), values_and_gradients(stock, x, w)
+    assert (y - expected).abs().max() < 1e-12
+    for a, b in zip(grads, slow, strict=True): assert (a - b).abs().max() < (1e-5 if method == "finite-diff" else 1e-12)
+
+
+@pytest.mark.parametrize("method", ["best", "adjoint", "parameter-shift"])
+def test_numpy_gradients(method):
+    ours, stock = pair(entangler, 3, diff_method=method)
+    x, w = qml.numpy.array([0.3, 0.1, 0.8], requires_grad=True), qml.numpy.array(weights().numpy(), requires_grad=True)
+    found, expected = (qml.jacobian(lambda a, b, node=node: qml.math.stack(node(a, b)))(x, w) for node in (ours, stock))
+    for a, b in zip(found, expected, strict=True): assert np.abs(a - b).max() < 1e-12
+
+
+def test_torch_jacobian_and_vjp():
+    ours, stock = pair(entangler, 3)
+    x, w = torch.rand(4, 3, dtype=torch.float64), weights(1)
+    for a, b in zip(*(torch.autograd.functional.jacobian(lambda x, w, n=n: torch.stack(n(x, w)), (x, w)) for n in (ours, stock)), strict=True):
+        assert (a - b).abs().max() < 1e-12
+    v = torch.rand(3, 4, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.functional.vjp(lambda x, w, n=n: torch.stack(n(x, w)), (x, w), v)[1] for n in (ours, stock)), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_memory_limit():
+    small = qml.QNode(entangler, GausssafeQubit(wires=3, memory_limit=100))
+    with pytest.raises(MemoryBudgetExceeded, match="Even one sample needs .* larger memory_limit"): small(torch.rand(5, 3), weights())
+
+    def twice(x, w):
+        qml.AngleEmbedding(x, wires=range(3))
+        qml.StronglyEntanglingLayers(w, wires=range(3))
+        return entangler(x, w)
+
+    uploads = qml.QNode(twice, GausssafeQubit(wires=3, memory_limit=20_000))
+    with pytest.raises(MemoryBudgetExceeded, match="batch_size <="): uploads(torch.rand(50_000, 3), weights())
+    whole = qml.QNode(uploads.func, GausssafeQubit(wires=3))
+    x, w = torch.rand(20, 3, dtype=torch.float64), weights()
+    assert (flat(uploads(x, w)) - flat(whole(x, w))).abs().max() < 1e-13
+
+
+def measured_halfway(x):
+    qml.RX(x, wires=0)
+    qml.measure(0)
+    return qml.expval(qml.PauliZ(0))
+
+
+def noisy(x):
+    qml.RX(x, wires=0)
+    qml.AmplitudeDamping(0.1, wires=0)
+    return qml.expval(qml.PauliZ(0))
+
+
+def whole_state(x):
+    qml.RX(x, wires=0)
+    return qml.state()
+
+
+def elsewhere(x):
+    qml.RX(x, wires=7)
+    return qml.expval(qml.PauliZ(0))
+
+
+def trained_observable(x):
+    qml.RX(0.3, wires=0)
+    return qml.expval(qml.Hamiltonian(torch.stack([x, x]), [qml.PauliZ(0), qml.PauliX(0)]))
+
+
+def trained_matrix(x):
+    qml.QubitUnitary(qml.RX.compute_matrix(x), wires=0)
+    return qml.expval(qml.PauliZ(0))
+
+
+@pytest.mark.parametrize(
+    ("circuit", "message"),
+    [
+        (measured_halfway, "deferred measurement"),
+        (noisy, "Use default.mixed"),
+        (whole_state, "StateMP is not supported: return expval"),
+        (elsewhere, "wire 7.*wires \\[0\\]"),
+        (trained_observable, "weigh them outside"),
+        (trained_matrix, "requires a gradient.*Write the gate with rotations, or use default.qubit"),
+    ],
+)
+def test_refusals_say_what_to_use(circuit, message):
+    with pytest.raises(UnsupportedCircuit, match=message) as refused:
+        qml.QNode(circuit, GausssafeQubit(wires=1))(torch.tensor(0.3, requires_grad=True))
+    assert isinstance(refused.value, qml.exceptions.DeviceError)
+
+
+def test_shots_and_foreign_backprop_are_refused():
+    node = qml.set_shots(qml.QNode(entangler, GausssafeQubit(wires=3)), 100)
+    with pytest.raises(UnsupportedCircuit, match="100 shots were asked for. Use shots=None, or default.qubit"): node(torch.rand(3), weights())
+    node = qml.QNode(entangler, GausssafeQubit(wires=3), diff_method="backprop")
+    with pytest.raises(UnsupportedCircuit, match="goes through torch.*Use diff_method='best' or 'adjoint'"):
+        qml.grad(lambda w: node(qml.numpy.array([0.1, 0.2, 0.3]), w)[0])(qml.numpy.array(weights().numpy(), requires_grad=True))
+    w = weights().requires_grad_()
+    node = qml.QNode(entangler, GausssafeQubit(wires=3))
+    with pytest.raises(RuntimeError, match="no second derivatives"): torch.autograd.grad(node(torch.rand(3), w)[0], w, create_graph=True)
+
+
+def test_wires_of_a_device_that_nothing_happens_to_cost_nothing():
+    node = qml.QNode(entangler, GausssafeQubit(wires=40))
+    x, w = torch.rand(4, 3, dtype=torch.float64), weights()
+    assert (flat(node(x, w)) - flat(pair(entangler)[1](x, w))).abs().max() < 1e-13
+
+
+def test_threads_share_a_device():
+    ours, stock = pair(entangler, 3)
+    device, x, w, found = ours.device, torch.rand(8, 3, dtype=torch.float64), weights(), {}
+
+    def work(i):
+        node = qml.QNode(entangler, device)
+        found[i] = [flat(node(x * i, w)) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    for i in range(4): assert all((y - flat(stock(x * i, w))).abs().max() < 1e-13 for y in found[i])
+    assert len(device._families) == 1
