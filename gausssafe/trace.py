@@ -202,10 +202,14 @@ def _decomposition(op):
 # %% ../nbs/13_trace.ipynb #3467f627
 @dataclass(frozen=True)
 class Measurement:
-    "What the circuit returns: `expval` with Pauli words, or `probs` (and `sample`, `counts`) of wires"
+    "What the circuit returns: `expval` with Pauli words, or `probs`, `sample`, `counts` or `classical_shadow` of wires, or `shadow_expval`"
     kind: str
     wires: tuple[int, ...] = ()
     words: tuple[tuple[int, int, float], ...] = ()  # (x mask, z mask, coefficient)
+    observables: tuple[tuple[tuple[int, int, float], ...], ...] = ()  # Of `shadow_expval`, each as words
+    parts: int = 1  # Of `shadow_expval`: the k of its median of means
+    all_outcomes: bool = False  # Of `counts`
+    matrix: tuple[tuple[complex, ...], ...] | None = None  # Of an expval of a matrix on `wires`: shots show its eigenvalues
 
 
 def _sentence(observable):
@@ -231,6 +235,8 @@ _READABLE = {
     "ProbabilityMP": "probs",
     "SampleMP": "sample",
     "CountsMP": "counts",
+    "ClassicalShadowMP": "classical_shadow",
+    "ShadowExpvalMP": "shadow_expval",
 }
 
 
@@ -238,19 +244,34 @@ def _measurement(m, place, n_wires):
     kind = _READABLE.get(type(m).__name__)
     if kind is None:
         raise InvalidInput(
-            f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the "
-                f"square of the expval)."
+            f"{type(m).__name__} is not supported: return expval, probs, sample, counts, classical_shadow or shadow_expval (a variance is "
+                f"the expval of the square less the square of the expval)."
         )
     missing = [wire for wire in m.wires if wire not in place]
     if missing:
         raise InvalidInput(f"{m} measures wire {missing[0]}, but the circuit has only the wires {list(place)}.")
     if kind == "expval":
-        return Measurement(kind, words=_words(m.obs, place, n_wires))
+        return Measurement(kind, words=_words(m.obs, place, n_wires), **_matrix_of(m.obs, place))
+    if kind == "shadow_expval":
+        listed = m.H if isinstance(m.H, (list, tuple)) else [m.H]
+        return Measurement(kind, observables=tuple(_words(h, place, n_wires) for h in listed), parts=m.k)
     if m.obs is not None:
         raise InvalidInput(
             f"{kind} of an observable is not supported: rotate into its basis (observable.diagonalizing_gates()) and return {kind} of the wires."
         )
-    return Measurement(kind, wires=tuple(place[wire] for wire in m.wires) or tuple(range(n_wires)))
+    return Measurement(kind, _places(m, place) or tuple(range(n_wires)), all_outcomes=getattr(m, "all_outcomes", False))
+
+
+def _places(measured, place): return tuple(place[wire] for wire in measured.wires)
+
+
+def _matrix_of(observable, place):
+    "An observable that is no sum, on few wires, also as its matrix"
+    import pennylane as qml
+
+    if observable.pauli_rep is not None or isinstance(observable, qml.ops.Sum) or not 0 < len(observable.wires) <= 4: return {}
+    matrix = qml.matrix(observable, wire_order=observable.wires)
+    return {"wires": _places(observable, place), "matrix": tuple(tuple(complex(a) for a in row) for row in np.asarray(matrix))}
 
 # %% ../nbs/13_trace.ipynb #4f952915
 @dataclass(frozen=True)
@@ -407,7 +428,7 @@ def trace(
 
     wires, shots = None, None
     if isinstance(function, qml.QNode):
-        wires, shots, function = function.device.wires or None, function.shots.total_shots, _inner(function)
+        wires, shots, function = function.device.wires or None, _shots_of(function), _inner(function)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise InvalidInput(f"an argument is empty: {shapes}")
     graph, raw, measurements, place = _record(function, shapes, wires)
@@ -421,6 +442,12 @@ def trace(
     return Circuit(
         len(place), gates, measurements, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots
     )
+
+
+def _shots_of(qnode):
+    if qnode.shots.has_partitioned_shots:
+        raise InvalidInput(f"the QNode asks for a vector of shots ({qnode.shots}): set one number of shots, and call once for each.")
+    return qnode.shots.total_shots
 
 
 def _inner(qnode):
