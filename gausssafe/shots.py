@@ -261,17 +261,16 @@ class Law:
 
 def independent(words: list[Word]) -> tuple[list[Word], list[int]]:
     "Generators of words that commute qubit-wise, and for each word the mask of the generators whose product it is"
-    generators, rows, masks = [], [], []  # rows: (reduced word, mask), each with a leading bit of its own
+    generators, rows, masks = [], [], []  # rows: (reduced word, mask), highest first, each with a leading bit of its own
     for x, z in words:
         left, mask = x << 64 | z, 0
         for row, row_mask in rows:
             if left ^ row < left: left, mask = left ^ row, mask ^ row_mask
         if left:
-            mask ^= 1 << len(generators)
-            rows.append((left, mask))
-            rows.sort(reverse=True)
-            mask = 1 << len(generators)
+            own = 1 << len(generators)
+            rows = sorted([*rows, (left, mask ^ own)], reverse=True)
             generators.append((x, z))
+            mask = own
         masks.append(mask)
     return generators, masks
 
