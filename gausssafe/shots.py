@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Word', 'row_key', 'hashed', 'uniform', 'call_seed', 'stream', 'check_shots', 'categories_of', 'binomial', 'counts_of',
            'draw_samples', 'draw_counts', 'letters_of', 'commuting_groups', 'compatible', 'Law', 'independent',
-           'joint_law', 'eigen_law', 'law_means', 'law_draw', 'bits_of', 'marginal', 'count_words']
+           'joint_law', 'eigen_law', 'law_means', 'law_draw', 'bits_of', 'marginal', 'count_words', 'sign_means']
 
 # %% ../nbs/18_shots.ipynb #d063057a
 import math
@@ -96,14 +96,22 @@ def _find(cdf, guide, u):
 
 
 @_jit
+def _hits(cdf, guide, key, out):
+    "The categories of the first shots of a row"
+    if out.size * 4 < cdf.size:
+        for i in range(out.size): out[i] = min(np.searchsorted(cdf, uniform(key, i) * cdf[-1], "right"), cdf.size - 1)
+    else:
+        _guides(cdf, guide)
+        for i in range(out.size): out[i] = _find(cdf, guide, uniform(key, i))
+
+
+@_jit
 def categories_of(p, shots, seed, first, out):
     "Categories (batch, shots) from probabilities (n_categories, batch); `first` is the number of the first row"
     cdf, guide = np.empty(p.shape[0]), np.empty(p.shape[0], np.int32)
     for b in range(p.shape[1]):
-        key = row_key(seed, first + b)
         _cumulate(p[:, b], cdf)
-        _guides(cdf, guide)
-        for i in range(shots): out[b, i] = _find(cdf, guide, uniform(key, i))
+        _hits(cdf, guide, row_key(seed, first + b), out[b])
 
 # %% ../nbs/18_shots.ipynb #289457e7
 @_jit
@@ -312,14 +320,15 @@ def eigen_law(matrix: np.ndarray, wires: tuple[int, ...], n_wires: int) -> Law:
 
 # %% ../nbs/18_shots.ipynb #29b16962
 @_jit
-def law_means(expectations, constant, matrix, values, shots, parts, seed, first, out):
-    "Means (parts, n_observables, batch) from expectations (n_words, batch)"
+def law_means(expectations, constant, columns, values, shots, parts, seed, first, out):
+    "Means (parts, n_observables, batch) from expectations (n_words, batch); `columns` is the law's matrix, turned"
     n, size = constant.size, (shots + parts - 1) // parts
     p, cdf, guide, counts = np.empty(n), np.empty(n), np.empty(n, np.int32), np.empty(n, np.int64)
     for b in range(expectations.shape[1]):
         p[:] = constant
-        for k in range(n):
-            for w in range(matrix.shape[1]): p[k] += matrix[k, w] * expectations[w, b]
+        for w in range(columns.shape[0]):
+            column, e = columns[w], np.float64(expectations[w, b])
+            for k in range(n): p[k] += column[k] * e
         _cumulate(p, cdf)
         key, i = row_key(seed, first + b), 0
         for part in range(parts):
@@ -342,7 +351,7 @@ def law_draw(
 ) -> np.ndarray:  # (n_observables, batch)
     "Estimates of the observables from a finite number of shots"
     out = np.empty((parts, law.values.shape[1], expectations.shape[1]))
-    law_means(expectations, law.constant, law.matrix, law.values, shots, parts, np.uint64(seed), first, out)
+    law_means(expectations, law.constant, np.ascontiguousarray(law.matrix.T), law.values, shots, parts, np.uint64(seed), first, out)
     return out[0] if parts == 1 else np.median(out, 0)
 
 # %% ../nbs/18_shots.ipynb #23b03046
@@ -364,3 +373,29 @@ def count_words(categories: np.ndarray, n_wires: int, all_outcomes: bool = False
     found = [dict(zip(*np.unique(row, return_counts=True), strict=True)) for row in categories]
     if all_outcomes: return [{text(k): int(row.get(k, 0)) for k in range(1 << n_wires)} for row in found]
     return [{text(k): int(n) for k, n in row.items()} for row in found]
+
+# %% ../nbs/18_shots.ipynb #664763ee
+@_jit
+def sign_means(p, shots, seed, first, masks, out):
+    "Means (n_masks, batch) of the parities of bits under masks, from probabilities (n_categories, batch)"
+    few = shots <= 16 * p.shape[0]
+    cdf, guide = np.empty(p.shape[0]), np.empty(p.shape[0], np.int32)
+    seen = np.empty(shots if few else p.shape[0], np.int64)
+    for b in range(p.shape[1]):
+        _cumulate(p[:, b], cdf)
+        key = row_key(seed, first + b)
+        if few: _hits(cdf, guide, key, seen)
+        else: _multinomial(cdf, guide, shots, key, 0, seen)
+        for m in range(masks.size):
+            total = 0
+            for i in range(seen.size): total += (1 if few else seen[i]) * (1 - 2 * _parity((seen[i] if few else i) & masks[m]))
+            out[m, b] = total / shots
+
+
+@_jit
+def _parity(bits):
+    odd = 0
+    while bits:
+        bits &= bits - 1
+        odd ^= 1
+    return odd
