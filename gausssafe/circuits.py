@@ -321,6 +321,17 @@ class _WordDraw(_Draw):
             drawn = law_draw(law, exact[rows], shots, parts=parts, seed=stream(seed, number), first=first)
             for target, weights in targets: into.add(target, first, weights @ drawn)
 
+    def slopes(self, columns, n_results):
+        "d mean / d expectation, (n_results, n_words)"
+        found = np.zeros((n_results, self.n_words))
+        for law, rows, _, targets in self.laws:
+            own = np.where(abs(law.values.T @ law.matrix) > 1e-12, law.values.T @ law.matrix, 0)
+            for target, weights in targets: found[np.ix_(range(*columns[target]), rows)] += weights @ own
+        return found
+
+    def run_back(self, saved, grad, samples_too):
+        return self.engine.run_back(saved, channels_from(self.engine.read, self.kinds, np.ascontiguousarray(grad, saved.values.dtype)), samples_too)
+
     def describe(self):
         return f"{len(self.laws)} laws of at most {max(len(law.constant) for law, *_ in self.laws)} categories, from {self.n_words} expectations ({self.engine.name})"
 
@@ -470,7 +481,7 @@ class _Results:
     "What a call has drawn so far"
 
     def __init__(self, columns, constants, batch, dtype):
-        self.columns, self.kept = columns, {}
+        self.columns, self.kept, self.saved = columns, {}, None
         self.numbers = np.repeat(constants.astype(dtype)[:, None], batch, 1)
 
     def add(self, target, first, values):
@@ -492,9 +503,9 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, samples, shared, seed):
-        ctx.plan = plan
+        results = plan._draw(samples.detach().numpy().T, shared.detach().numpy(), seed, samples.requires_grad or shared.requires_grad)
+        ctx.plan, ctx.saved = plan, results.saved
         ctx.save_for_backward(samples, shared)
-        results = plan._draw(samples.detach().numpy().T, shared.detach().numpy(), seed)
         return torch.from_numpy(results.numbers).T, results
 
     @staticmethod
@@ -502,8 +513,10 @@ class _Straight(torch.autograd.Function):
         if torch.is_grad_enabled(): raise RuntimeError(_NO_SECOND)
         samples, shared = ctx.saved_tensors
         _, samples_too, shared_too, _ = ctx.needs_input_grad
-        saved = ctx.plan._forward(samples.detach().numpy().T, shared.detach().numpy(), True)[1]
-        of_shared, of_samples = ctx.plan._backward(saved, grad.numpy().T, samples_too)
+        if ctx.saved: of_shared, of_samples = ctx.plan._draws[0].run_back(ctx.saved, ctx.plan._slopes.T @ grad.numpy().T, samples_too)
+        else:
+            saved = ctx.plan._forward(samples.detach().numpy().T, shared.detach().numpy(), True)[1]
+            of_shared, of_samples = ctx.plan._backward(saved, grad.numpy().T, samples_too)
         return None, torch.from_numpy(of_samples).T if samples_too else None, torch.from_numpy(of_shared) if shared_too else None, None
 
 # %% ../nbs/22_circuits.ipynb #19a8226c
@@ -535,6 +548,8 @@ class ShotPlan(ExecutionPlan):
         super().__init__(_exact(circuit), limit_bytes, engine)
         self.shots, self.measurements = circuit.shots, circuit.measurements
         self._draws, (self._columns, self._constants), self._chunks = _draws(circuit, engine), _columns(circuit.measurements), {}
+        alone = len(self._draws) == 1 and isinstance(self._draws[0], _WordDraw)
+        self._slopes = self._draws[0].slopes(self._columns, self.n_results) if alone else None
 
     @property
     def chunk_size(self) -> int:
@@ -569,7 +584,7 @@ class _Unfit(Exception):
     "An engine met a number that cannot be"
 
 
-def _draw(self, values, numbers, seed):
+def _draw(self, values, numbers, seed, needs_grad):
     "All draws, chunk by chunk"
     batch, itemsize = values.shape[1], values.dtype.itemsize
     results = _Results(self._columns, self._constants, batch, values.dtype)
@@ -578,8 +593,11 @@ def _draw(self, values, numbers, seed):
         for first in range(0, batch, chunk):
             part = values[:, first:first + chunk]
             tile, _ = draw.layout(part.shape[1], itemsize, limit, self.shots)
-            channels, saved = draw.engine.run(draw.tables, self._limits, part, numbers, tile, draw.keep)
+            once = needs_grad and self._slopes is not None and chunk >= batch
+            keep = draw.keep or (once and draw.engine.bytes(batch, itemsize, tile, True) + draw.extra_bytes(batch, itemsize, self.shots) <= limit)
+            channels, saved = draw.engine.run(draw.tables, self._limits, part, numbers, tile, keep)
             if not saved.fine: raise _Unfit
+            if once: results.saved = saved
             draw.read(channels, saved, self.shots, int(stream(seed, number)), first, results)
     return results
 
@@ -607,7 +625,9 @@ def _estimate_shots(self, batch: int, *, dtype: torch.dtype = torch.float32) -> 
     found = [ExecutionPlan.estimate_bytes(self, batch, dtype=dtype)]
     for number, draw in enumerate(self._draws):
         chunk, limit = self._chunk(number, batch, dtype.itemsize)
-        found.append(draw.layout(chunk, dtype.itemsize, limit, self.shots)[1])
+        tile, needed = draw.layout(chunk, dtype.itemsize, limit, self.shots)
+        kept = draw.engine.bytes(batch, dtype.itemsize, tile, True) + draw.extra_bytes(batch, dtype.itemsize, self.shots)
+        found.append(kept if self._slopes is not None and chunk >= batch and kept <= limit else needed)
     return max(found)
 
 

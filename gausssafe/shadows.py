@@ -46,38 +46,50 @@ def _front(order, lo, hi, column, value):
 
 
 @_jit
-def _measure(space, begin, size, depth, order, lo, hi, key, recipes, bits):
-    "Measure qubit `depth` and those after it for the shots order[lo:hi]; their state is space[begin:begin + size]"
+def _measure(space, size, order, key, recipes, bits, stack):
+    "Measure all shots of a sample, whose state is space[:size]; `stack` has a row for each qubit"
     shots, n = recipes.shape
-    if depth == n: return 0
-    for basis in range(3):
-        last = _front(order, lo, hi, recipes[:, depth], basis)
-        if last == lo: continue
-        p = _halves(space[begin:begin + size], basis, space[begin + size:begin + 2 * size])
-        for j in range(lo, last): bits[order[j], depth] = uniform(key, (shots + order[j]) * n + depth) >= p
-        middle = _front(order, lo, last, bits[:, depth], 0)
-        for outcome in range(2):
-            first, end = (lo, middle) if outcome == 0 else (middle, last)
-            if depth + 1 < n and first < end:
-                child = begin + 2 * size  # A copy, as its children use what follows it
-                space[child:child + size // 2] = space[begin + size + outcome * (size // 2):begin + size + (outcome + 1) * (size // 2)]
-                _measure(space, child, size // 2, depth + 1, order, first, end, key, recipes, bits)
-        lo = last
-    return 0
+    lo, hi, middle, last, step = stack[:, 0], stack[:, 1], stack[:, 2], stack[:, 3], stack[:, 4]
+    depth, lo[0], hi[0], step[0] = 0, 0, shots, 0
+    while depth >= 0:
+        if step[depth] == 6:
+            depth -= 1
+            continue
+        basis, outcome = step[depth] // 2, step[depth] % 2
+        here = size >> depth
+        begin = 4 * (size - here)  # A level keeps its state and both halves, and its child begins after them
+        if outcome == 0:
+            last[depth] = _front(order, lo[depth], hi[depth], recipes[:, depth], basis)
+            if last[depth] == lo[depth]:
+                step[depth] += 2
+                continue
+            p = _halves(space[begin:begin + here], basis, space[begin + here:begin + 2 * here])
+            for j in range(lo[depth], last[depth]): bits[order[j], depth] = uniform(key, (shots + order[j]) * n + depth) >= p
+            middle[depth] = _front(order, lo[depth], last[depth], bits[:, depth], 0)
+            first, end = lo[depth], middle[depth]
+        else:
+            first, end = middle[depth], last[depth]
+            lo[depth] = last[depth]
+        step[depth] += 1
+        if depth + 1 < n and first < end:
+            child, half = begin + 2 * here, here // 2
+            space[child:child + half] = space[begin + here + outcome * half:begin + here + (outcome + 1) * half]
+            depth += 1
+            lo[depth], hi[depth], step[depth] = first, end, 0
 
 
 @_jit
 def shadow_rows(states, seed, first, bits, recipes):
     "Fill bits and recipes (batch, shots, n_measured) from states (batch, 2^n); the measured qubits are the first ones"
     shots, n, size = bits.shape[1], bits.shape[2], states.shape[1]
-    space, order = np.empty(5 * size, states.dtype), np.empty(shots, np.int64)
+    space, order, stack = np.empty(4 * size, states.dtype), np.empty(shots, np.int64), np.empty((n, 5), np.int64)
     for b in range(states.shape[0]):
         key = row_key(seed, first + b)
         for shot in range(shots):
             order[shot] = shot
             for d in range(n): recipes[b, shot, d] = int(3 * uniform(key, shot * n + d))
         space[:size] = states[b]
-        _measure(space, 0, size, 0, order, 0, shots, key, recipes[b], bits[b])
+        _measure(space, size, order, key, recipes[b], bits[b], stack)
 
 # %% ../nbs/19_shadows.ipynb #e0ed9967
 def _check_states(states):

@@ -157,19 +157,19 @@ def binomial(key, i, n, p):
 
 @_jit
 def _multinomial(cdf, guide, shots, key, i, counts):
-    "Counts of one row; shot by shot where the shots are few. Returns the next i"
+    "Counts of one row, by what is cheaper: looking up each shot, or a binomial for each category but the first. Returns the next i"
     counts[:] = 0
-    if shots <= 16 * cdf.size:
+    n = cdf.size
+    steps = min(shots * (1 - cdf[0] / cdf[-1]), 10.0 * n)
+    if 12 * shots <= 30 * n + 6 * steps:
         _guides(cdf, guide)
         for shot in range(shots): counts[_find(cdf, guide, uniform(key, i + shot))] += 1
         return i + shots
-    left, mass = shots, cdf[-1]
-    for k in range(cdf.size - 1):
-        own = cdf[k] - (cdf[k - 1] if k else 0.0)
-        counts[k], i = binomial(key, i, left, own / mass if mass > 0 else 0.0)
+    left = shots
+    for k in range(n - 1, 0, -1):
+        counts[k], i = binomial(key, i, left, (cdf[k] - cdf[k - 1]) / cdf[k] if cdf[k] > 0 else 0.0)
         left -= counts[k]
-        mass = cdf[-1] - cdf[k]
-    counts[-1] = left
+    counts[0] = left
     return i
 
 
