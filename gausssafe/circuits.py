@@ -355,7 +355,7 @@ class _BitDraw(_Draw):
 
     def extra_bytes(self, batch, itemsize, shots):
         each = (itemsize << len(self.wires)) + 8 * len(self.words) + (24 * shots if self.readers else 0)
-        return batch * each + (20 << len(self.wires))
+        return batch * each + (20 << len(self.wires)) + 8 * min(len(self.masks) << len(self.wires), 1 << 20)
 
     def read(self, channels, saved, shots, seed, first, into):
         seed = stream(seed, 0)

@@ -376,26 +376,33 @@ def count_words(categories: np.ndarray, n_wires: int, all_outcomes: bool = False
 
 # %% ../nbs/18_shots.ipynb #664763ee
 @_jit
-def sign_means(p, shots, seed, first, masks, out):
-    "Means (n_masks, batch) of the parities of bits under masks, from probabilities (n_categories, batch)"
-    few = shots <= 16 * p.shape[0]
-    cdf, guide = np.empty(p.shape[0]), np.empty(p.shape[0], np.int32)
-    seen = np.empty(shots if few else p.shape[0], np.int64)
-    for b in range(p.shape[1]):
-        _cumulate(p[:, b], cdf)
-        key = row_key(seed, first + b)
-        if few: _hits(cdf, guide, key, seen)
-        else: _multinomial(cdf, guide, shots, key, 0, seen)
-        for m in range(masks.size):
-            total = 0
-            for i in range(seen.size): total += (1 if few else seen[i]) * (1 - 2 * _parity((seen[i] if few else i) & masks[m]))
-            out[m, b] = total / shots
+def _odd(bits, mask):
+    bits &= mask
+    for shift in (32, 16, 8, 4, 2, 1): bits ^= bits >> shift
+    return bits & 1
 
 
 @_jit
-def _parity(bits):
-    odd = 0
-    while bits:
-        bits &= bits - 1
-        odd ^= 1
-    return odd
+def _odds(n_categories, masks):
+    "Parities (n_categories, n_masks), or nothing where they would be too many to keep"
+    table = np.empty((n_categories if n_categories * masks.size <= 1 << 20 else 0, masks.size), np.int64)
+    for k in range(table.shape[0]):
+        for m in range(masks.size): table[k, m] = _odd(k, masks[m])
+    return table
+
+
+@_jit
+def sign_means(p, shots, seed, first, masks, out):
+    "Means (n_masks, batch) of the parities of bits under masks, from probabilities (n_categories, batch)"
+    few, table = shots <= 16 * p.shape[0], _odds(p.shape[0], masks)
+    cdf, guide = np.empty(p.shape[0]), np.empty(p.shape[0], np.int32)
+    seen, odd = np.empty(shots if few else p.shape[0], np.int64), np.empty(masks.size, np.int64)
+    for b in range(p.shape[1]):
+        _cumulate(p[:, b], cdf)
+        if few: _hits(cdf, guide, row_key(seed, first + b), seen)
+        else: _multinomial(cdf, guide, shots, row_key(seed, first + b), 0, seen)
+        odd[:] = 0
+        for i in range(seen.size):
+            k, times = (seen[i], 1) if few else (i, seen[i])
+            for m in range(masks.size): odd[m] += times * (table[k, m] if table.shape[0] else _odd(k, masks[m]))
+        for m in range(masks.size): out[m, b] = 1 - 2 * odd[m] / shots
