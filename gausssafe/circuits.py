@@ -588,6 +588,7 @@ def _draw(self, values, numbers, seed, needs_grad):
     "All draws, chunk by chunk"
     batch, itemsize = values.shape[1], values.dtype.itemsize
     results = _Results(self._columns, self._constants, batch, values.dtype)
+    if needs_grad: self._layout(batch, itemsize, True)  # The way back must fit too
     for number, draw in enumerate(self._draws):
         chunk, limit = self._chunk(number, batch, itemsize)
         for first in range(0, batch, chunk):

@@ -236,7 +236,7 @@ def commuting_groups(words: list[Word], n_wires: int) -> list[tuple[int, ...]]:
     import pennylane as qml
 
     if len(words) < 2: return [tuple(range(len(words)))] if words else []
-    with qml.queuing.QueuingManager.stop_recording():
+    with qml.queuing.AnnotatedQueue():  # Alone with PennyLane's queue, and out of everyone's circuit
         observables = [qml.pauli.PauliWord(letters_of(word, n_wires)).operation(wire_order=range(n_wires)) for word in words]
     return [tuple(int(i) for i in group) for group in qml.pauli.compute_partition_indices(observables)]
 

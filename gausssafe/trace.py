@@ -8,6 +8,7 @@ __all__ = ['Recipe', 'argument_recipe', 'Angle', 'Gate', 'basis_gates', 'Measure
 # %% ../nbs/13_trace.ipynb #723128a7
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -417,6 +418,9 @@ def _number_slots(angles, per_sample):
     return refs, recipes, sample, [n for n, r in zip(nodes, recipes, strict=True) if r is None]
 
 # %% ../nbs/13_trace.ipynb #1e06d651
+_tracing = threading.RLock()  # make_fx patches torch for all threads
+
+
 def trace(
     function: Callable,  # A quantum function or a QNode
     shapes: dict[str, tuple[int, ...]],  # Shape of every argument, without the batch
@@ -431,8 +435,9 @@ def trace(
         wires, shots, function = function.device.wires or None, _shots_of(function), _inner(function)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise InvalidInput(f"an argument is empty: {shapes}")
-    graph, raw, measurements, place = _record(function, shapes, wires)
-    _check_trace(function, shapes, wires, graph, raw, measurements)
+    with _tracing:
+        graph, raw, measurements, place = _record(function, shapes, wires)
+        _check_trace(function, shapes, wires, graph, raw, measurements)
     refs, recipes, sample, nodes = _number_slots(_slots(graph, shapes), per_sample)
     angles = iter(refs)
     gates = tuple(
