@@ -310,7 +310,8 @@ class _WordDraw(_Draw):
         words = list(dict.fromkeys(word for law, *_ in laws for word in law.words))
         measured = _measuring_words(circuit, words)
         super().__init__(measured, _choose(measured, engine))
-        self.laws, self.kinds, self.n_words = [(law, [words.index(w) for w in law.words], *more) for law, *more in laws], ("expval",) * len(words), len(words)
+        self.laws = [(law, [words.index(w) for w in law.words], *more) for law, *more in laws]
+        self.kinds, self.n_words = ("expval",) * len(words), len(words)
 
     def extra_bytes(self, batch, itemsize, shots):
         return batch * (2 * itemsize * self.n_words + sum(8 * (len(law.words) + parts * law.values.shape[1]) for law, _, parts, _ in self.laws))
@@ -333,7 +334,9 @@ class _WordDraw(_Draw):
         return self.engine.run_back(saved, channels_from(self.engine.read, self.kinds, np.ascontiguousarray(grad, saved.values.dtype)), samples_too)
 
     def describe(self):
-        return f"{len(self.laws)} laws of at most {max(len(law.constant) for law, *_ in self.laws)} categories, from {self.n_words} expectations ({self.engine.name})"
+        most = max(len(law.constant) for law, *_ in self.laws)
+        laws = f"{len(self.laws)} law{'s' * (len(self.laws) > 1)}"
+        return f"{laws} of at most {most} categories, from {self.n_words} expectations ({self.engine.name})"
 
 # %% ../nbs/22_circuits.ipynb #50b72c49
 def _rotation(letters):
@@ -390,7 +393,8 @@ class _StateDraw(_Draw):
         measured = _measuring(circuit, [Measurement("probs", order), *flips])
         rotations = rotations_of(measured)
         p = np.arange(1 << n)
-        self.place = sum((np.bitwise_count(p & mask) & 1 ^ inverted).astype(np.int64) << n - 1 - i for i, (mask, inverted) in enumerate(rotations.probs[0]))
+        read = [(np.bitwise_count(p & mask) & 1 ^ inverted).astype(np.int64) for mask, inverted in rotations.probs[0]]
+        self.place = sum(bit << n - 1 - i for i, bit in enumerate(read))
         super().__init__(measured, _engine(StateVector, replace(rotations, expvals=(), probs=()), circuit.per_slot_sample))
         self.wires, self.target, self.estimate = wires, target, estimate
 
@@ -617,7 +621,8 @@ def _new_chunk(self, draw, batch, itemsize):
         if tile and needed <= limit: return chunk, limit
         if chunk == 1: break
         chunk = (chunk + 1) // 2
-    raise MemoryBudgetExceeded(what=f"{self.circuit.n_wires} qubits x {self.shots} shots of one sample", needed_bytes=needed, left_bytes=limit, limit_bytes=limit,
+    what = f"{self.circuit.n_wires} qubits x {self.shots} shots of one sample"
+    raise MemoryBudgetExceeded(what=what, needed_bytes=needed, left_bytes=limit, limit_bytes=limit,
                                advice="Use a larger memory_limit, fewer shots or fewer qubits.")
 
 

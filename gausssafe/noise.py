@@ -290,7 +290,8 @@ class QuantumShadowNoise(_Noise):
         *,
         memory_limit: int | str | None = None,  # Logical bytes beyond weights, latents and samples; None for what is left
     ):
-        for name, value in (("n_qubits", n_qubits), ("n_layers", n_layers), ("n_observables", n_observables), ("shots", shots)): _check_count(name, value)
+        counts = {"n_qubits": n_qubits, "n_layers": n_layers, "n_observables": n_observables, "shots": shots}
+        for name, value in counts.items(): _check_count(name, value)
         weights_seed, latents_seed, words_seed, shots_seed = seed_streams(seed, 4)
         super().__init__(latents_seed)
         self.shot_generator = torch.Generator().manual_seed(shots_seed)

@@ -106,7 +106,8 @@ def _measured_first(states, wires, n_wires):
     "The states with the measured wires in front"
     wires = tuple(range(n_wires)) if wires is None else tuple(wires)
     wrong = [wire for wire in wires if wire not in range(n_wires)]
-    if wrong or not wires or len(set(wires)) < len(wires): raise InvalidInput(f"wires {list(wires)} of a state of {n_wires} qubits: name each wire once, 0 to {n_wires - 1}.")
+    if wrong or not wires or len(set(wires)) < len(wires):
+        raise InvalidInput(f"wires {list(wires)} of a state of {n_wires} qubits: name each wire once, 0 to {n_wires - 1}.")
     order = (*wires, *(wire for wire in range(n_wires) if wire not in wires))
     turned = states.unflatten(1, (2,) * n_wires).permute(0, *(wire + 1 for wire in order)).flatten(1)
     return turned.contiguous(), len(wires)
@@ -168,7 +169,7 @@ def _letters(observables, wires):
     rows, place = [], {wire: i for i, wire in enumerate(wires)}
     for number, observable in enumerate(observables):
         if getattr(observable, "pauli_rep", None) is None:
-            raise InvalidInput(f"{observable} is no sum of Pauli words: shadows in Pauli bases estimate qml.X, qml.Y, qml.Z, their products and sums.")
+            raise InvalidInput(f"{observable} is no sum of Pauli words: shadows estimate qml.X, qml.Y, qml.Z, their products and sums.")
         for word, coefficient in observable.pauli_rep.items():
             missing = [wire for wire in word if wire not in place]
             if missing: raise InvalidInput(f"{observable} acts on wire {missing[0]}, but the shadow has only the wires {list(wires)}.")
@@ -189,7 +190,8 @@ def shadow_expval(
     wires: tuple | None = None,  # The wires of the columns; None for 0 to n - 1
 ) -> torch.Tensor:  # (batch,), or (batch, n_observables) for a list
     "Estimate observables from a batch of shadows; equal to `qml.ClassicalShadow.expval`"
-    if bits.shape != recipes.shape or bits.ndim != 3: raise InvalidInput(f"bits {tuple(bits.shape)} and recipes {tuple(recipes.shape)} must both be (batch, shots, n).")
+    if bits.shape != recipes.shape or bits.ndim != 3:
+        raise InvalidInput(f"bits {tuple(bits.shape)} and recipes {tuple(recipes.shape)} must both be (batch, shots, n).")
     listed = list(observable) if isinstance(observable, (list, tuple)) else [observable]
     weights, letters = _letters(listed, tuple(range(bits.shape[2])) if wires is None else tuple(wires))
     estimates = torch.from_numpy(weights @ words_expval(*(np.ascontiguousarray(t.numpy(), np.int8) for t in (bits, recipes)), letters, k)).T

@@ -136,7 +136,8 @@ def test_estimates_are_those_of_pennylane(seed, n_words, k):
     observables = []
     for _ in range(n_words):
         words = ["".join(rng.choice(list("IXYZ"), 4)) for _ in range(2)]
-        parts = [c * qml.pauli.string_to_pauli_word(w, dict(zip(wires, range(4), strict=True))) for c, w in zip(rng.normal(size=2), words, strict=True)]
+        place = dict(zip(wires, range(4), strict=True))
+        parts = [c * qml.pauli.string_to_pauli_word(w, place) for c, w in zip(rng.normal(size=2), words, strict=True)]
         observables.append(parts[0] + parts[1])
     ours = shadow_expval(torch.as_tensor(bits), torch.as_tensor(recipes), observables, k=k, wires=wires)
     for row in range(3):
@@ -182,7 +183,7 @@ def plan_of(words, shots, k=1):
 def test_plans_draw_whole_outcomes_by_their_law(words, shots):
     "All estimates together: one shot, and the mean of two, by chi-square; few words by the joint law, many by states"
     plan = plan_of(words, shots)
-    assert ("laws of" in plan.explain()) == (words is FEW) and ("bits and recipes" in plan.explain()) == (words is MANY)
+    assert ("law of" in plan.explain()) == (words is FEW) and ("bits and recipes" in plan.explain()) == (words is MANY)
     y = plan(inputs=X.expand(30_000, 1), w=W, seed=1).numpy()
     single = enumerated(vector_of(X, W), words)
     law = {}

@@ -104,8 +104,10 @@ def test_a_shallow_circuit_draws_from_the_law_of_words():
 
 
 MEASURED = {
-    "groups": lambda: [qml.expval(qml.Z(0)), qml.expval(qml.X(1)), qml.expval(qml.Z(0) @ qml.Z(1)), qml.expval(qml.Y(1) @ qml.Y(2)), qml.expval(qml.Z(2))],
-    "sums": lambda: [qml.expval(0.5 * qml.Z(0) - 2 * qml.X(0) @ qml.Y(1) + 0.7 * qml.Z(2) + 0.1 * qml.I(0)), qml.expval(qml.Z(0)), qml.probs(wires=[2, 0])],
+    "groups": lambda: [qml.expval(o) for o in (qml.Z(0), qml.X(1), qml.Z(0) @ qml.Z(1), qml.Y(1) @ qml.Y(2), qml.Z(2))],
+    "sums": lambda: [
+        qml.expval(0.5 * qml.Z(0) - 2 * qml.X(0) @ qml.Y(1) + 0.7 * qml.Z(2) + 0.1 * qml.I(0)), qml.expval(qml.Z(0)), qml.probs(wires=[2, 0])
+    ],
     "matrix": lambda: [qml.expval(qml.Hermitian(np.array([[1, 2j], [-2j, 0.5]]), wires=1)), qml.expval(qml.Projector([0, 1], wires=[0, 2]))],
     "probs": lambda: [qml.probs(wires=[0, 1]), qml.probs(wires=[1, 2])],
 }
@@ -320,7 +322,8 @@ def test_eigen_laws_on_two_wires():
     rng = np.random.default_rng(1)
     matrix, vector = rng.normal(size=(4, 4)) + 1j * rng.normal(size=(4, 4)), rng.normal(size=8) + 1j * rng.normal(size=8)
     matrix, vector = matrix + matrix.conj().T, vector / np.linalg.norm(vector)
-    law, pauli = eigen_law(matrix, (2, 0), 3), {"I": np.eye(2), "X": np.array([[0, 1], [1, 0]]), "Y": np.array([[0, -1j], [1j, 0]]), "Z": np.diag([1, -1])}
+    law = eigen_law(matrix, (2, 0), 3)
+    pauli = {"I": np.eye(2), "X": np.array([[0, 1], [1, 0]]), "Y": np.array([[0, -1j], [1j, 0]]), "Z": np.diag([1, -1])}
     def expectation(x, z):
         m = np.eye(1)
         for q in range(3): m = np.kron(m, pauli["IXZY"[(x >> 2 - q & 1) + 2 * (z >> 2 - q & 1)]])
@@ -335,7 +338,8 @@ def test_eigen_laws_on_two_wires():
 def test_bad_input():
     plan, given = compile_circuit(circuit_of(MEASURED["groups"]), SHAPES, shots=5), arguments(3)
     for shots in (0, -3, 1.5, True):
-        with pytest.raises(InvalidInput, match="shots is a whole number, at least 1"): compile_circuit(circuit_of(MEASURED["groups"]), SHAPES, shots=shots)
+        with pytest.raises(InvalidInput, match="shots is a whole number, at least 1"):
+            compile_circuit(circuit_of(MEASURED["groups"]), SHAPES, shots=shots)
     with pytest.raises(InvalidInput, match="needs a number of shots"): compile_circuit(circuit_of(lambda: qml.counts()), SHAPES)
     with pytest.raises(NotFinite, match="inputs: 3 of 9"): plan(inputs=torch.tensor([[math.nan, 0, 0]] * 3, dtype=torch.float64), w=given["w"])
     with pytest.raises(InvalidInput, match=r"in \[0, 2\^64\)"): plan(**given, seed=-1)
@@ -344,7 +348,8 @@ def test_bad_input():
     with pytest.raises(InvalidInput, match="wire 9"): compile_circuit(node, SHAPES, shots=5)
     with pytest.raises(InvalidInput, match="vector of shots"):
         compile_circuit(qml.set_shots(qml.QNode(circuit_of(MEASURED["groups"]), qml.device("default.qubit", wires=3)), (5, 5)), SHAPES)
-    with pytest.raises(MemoryBudgetExceeded, match="5 shots of one sample"): compile_circuit(circuit_of(MEASURED["groups"]), SHAPES, shots=5, memory_limit=300)(**given)
+    with pytest.raises(MemoryBudgetExceeded, match="5 shots of one sample"):
+        compile_circuit(circuit_of(MEASURED["groups"]), SHAPES, shots=5, memory_limit=300)(**given)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         y = plan(**{**given, "w": (w := given["w"].clone().requires_grad_())})
         torch.autograd.grad(y.sum(), w, create_graph=True)
