@@ -521,6 +521,8 @@ class _Straight(torch.autograd.Function):
         else:
             saved = ctx.plan._forward(samples.detach().numpy().T, shared.detach().numpy(), True)[1]
             of_shared, of_samples = ctx.plan._backward(saved, grad.numpy().T, samples_too)
+            del saved
+            ctx.plan._tidy(ctx.plan._engine, len(samples), samples.element_size())
         return None, torch.from_numpy(of_samples).T if samples_too else None, torch.from_numpy(of_shared) if shared_too else None, None
 
 # %% ../nbs/22_circuits.ipynb #19a8226c
@@ -604,7 +606,23 @@ def _draw(self, values, numbers, seed, needs_grad):
             if not saved.fine: raise _Unfit
             if once: results.saved = saved
             draw.read(channels, saved, self.shots, int(stream(seed, number)), first, results)
+            del channels, saved
+        self._tidy(draw.engine, batch, itemsize)
     return results
+
+
+def _tidy(self, engine, batch, itemsize):
+    "Give a workspace back to the system where the limit has no room for those of all draws at once"
+    key = "roomy", batch, itemsize
+    if key not in self._chunks:
+        every = sum(self._draw_bytes(number, batch, itemsize) for number in range(len(self._draws)))
+        fits = len(self._draws) == 1 and self._slopes is not None
+        self._chunks[key] = fits or every + ExecutionPlan.estimate_bytes(self, batch, dtype=_FLOATS[itemsize]) <= read_limit(self.limit_bytes)
+    if not self._chunks[key]:
+        with engine.pool.lock: engine.pool.free = {}
+
+
+_FLOATS = {4: torch.float32, 8: torch.float64}
 
 
 def _chunk(self, number, batch, itemsize):
@@ -628,13 +646,15 @@ def _new_chunk(self, draw, batch, itemsize):
 
 def _estimate_shots(self, batch: int, *, dtype: torch.dtype = torch.float32) -> int:
     "Logical bytes beyond inputs and outputs of a forward and backward pass, without running it"
-    found = [ExecutionPlan.estimate_bytes(self, batch, dtype=dtype)]
-    for number, draw in enumerate(self._draws):
-        chunk, limit = self._chunk(number, batch, dtype.itemsize)
-        tile, needed = draw.layout(chunk, dtype.itemsize, limit, self.shots)
-        kept = draw.engine.bytes(batch, dtype.itemsize, tile, True) + draw.extra_bytes(batch, dtype.itemsize, self.shots)
-        found.append(kept if self._slopes is not None and chunk >= batch and kept <= limit else needed)
-    return max(found)
+    drawn = [self._draw_bytes(number, batch, dtype.itemsize) for number in range(len(self._draws))]
+    return max([ExecutionPlan.estimate_bytes(self, batch, dtype=dtype), *drawn])
+
+
+def _draw_bytes(self, number, batch, itemsize):
+    draw, (chunk, limit) = self._draws[number], self._chunk(number, batch, itemsize)
+    tile, needed = draw.layout(chunk, itemsize, limit, self.shots)
+    kept = draw.engine.bytes(batch, itemsize, tile, True) + draw.extra_bytes(batch, itemsize, self.shots)
+    return kept if self._slopes is not None and chunk >= batch and kept <= limit else needed
 
 
 def _explain_shots(self) -> str:
@@ -643,7 +663,9 @@ def _explain_shots(self) -> str:
     return "\n".join([*drawn, "gradient: exact, straight through the draw", ExecutionPlan.explain(self)])
 
 
-ShotPlan._draw, ShotPlan._chunk, ShotPlan.estimate_bytes, ShotPlan.explain = _draw, _chunk, _estimate_shots, _explain_shots
+ShotPlan.estimate_bytes, ShotPlan.explain = _estimate_shots, _explain_shots
+for _method in (_draw, _tidy, _chunk, _draw_bytes):
+    setattr(ShotPlan, _method.__name__, _method)
 
 # %% ../nbs/22_circuits.ipynb #4a7c2156
 def compile_circuit(
