@@ -616,13 +616,10 @@ def _tidy(self, engine, batch, itemsize):
     key = "roomy", batch, itemsize
     if key not in self._chunks:
         every = sum(self._draw_bytes(number, batch, itemsize) for number in range(len(self._draws)))
-        fits = len(self._draws) == 1 and self._slopes is not None
-        self._chunks[key] = fits or every + ExecutionPlan.estimate_bytes(self, batch, dtype=_FLOATS[itemsize]) <= read_limit(self.limit_bytes)
+        exact = 0 if self._slopes is not None else self._engine.bytes(batch, itemsize, self._engine.tile(batch, itemsize), False)
+        self._chunks[key] = every + exact <= read_limit(self.limit_bytes)
     if not self._chunks[key]:
         with engine.pool.lock: engine.pool.free = {}
-
-
-_FLOATS = {4: torch.float32, 8: torch.float64}
 
 
 def _chunk(self, number, batch, itemsize):
