@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['walked', 'Walk', 'Expansion', 'split_preparation', 'expand', 'preparation_groups', 'WordProgram', 'assemble_words',
-           'walk_words', 'walk_back', 'monomials_of', 'words_forward', 'words_backward', 'trig_of', 'packed',
-           'words_call', 'words_call_back', 'Heisenberg']
+           'walk_words', 'walk_back', 'monomials_of', 'words_forward', 'words_backward', 'packed', 'words_call',
+           'words_call_back', 'Heisenberg']
 
 # %% ../nbs/16_heisenberg.ipynb #f4ac404f
 import math
@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from .rotations import AngleTable, Rotation, Rotations, commute, parity, without_controls
-from .statevector import Pool, Saved, all_fine, readout
+from .statevector import Pool, Saved, all_fine, readout, scatter, trig_of
 
 # %% ../nbs/16_heisenberg.ipynb #eee61036
 def walked(word: tuple[int, int], rotation: Rotation) -> tuple[tuple[int, int], int] | None:
@@ -361,42 +361,6 @@ def words_backward(turns, monomials, entries, trig, cosines, sines, weights, blo
             for t in range(source.size): target[t] += weight * source[t]
         _back_to_angles(turns, monomials, trig, cosines, sines, first, bloch, phi, dbloch, dphi, c, s, lane_slope, slopes)
 
-# %% ../nbs/16_heisenberg.ipynb #40eb08a6
-@_jit
-def trig_of(values, entry, scale, shift, arcsin, cosines, sines):
-    "Cosines and sines (n_angles, batch) of angles `scale f(values[entry]) + shift`"
-    for k in range(entry.size):
-        cosine, sine = cosines[k], sines[k]
-        if scale[k] == 0:
-            cosine[:], sine[:] = math.cos(shift[k]), math.sin(shift[k])
-        elif arcsin[k] and abs(scale[k]) == 1 and shift[k] == 0:
-            _trig_of_latents(values[entry[k]], scale[k], cosine, sine)
-        else:
-            for b in range(cosine.size):
-                v = values[entry[k], b]
-                angle = scale[k] * (math.asin(v) if arcsin[k] else v) + shift[k]
-                cosine[b], sine[b] = math.cos(angle), math.sin(angle)
-
-
-@_jit
-def _trig_of_latents(source, sign, cosine, sine):
-    one, zero = cosine.dtype.type(1), cosine.dtype.type(0)
-    for b in range(cosine.size):
-        v = source[b]
-        cosine[b], sine[b] = math.sqrt(max(one - v * v, zero)), cosine.dtype.type(sign) * v
-
-
-@_jit
-def _scatter(values, entry, scale, arcsin, slopes, out):
-    "Slopes of entries from slopes of angles"
-    out[:] = 0
-    eps = 1.2e-7 if values.itemsize == 4 else 2.3e-16
-    for k in range(entry.size):
-        if scale[k] == 0: continue
-        for b in range(out.shape[1]):
-            v = values[entry[k], b]
-            out[entry[k], b] += scale[k] * slopes[k, b] / (math.sqrt(max(1 - v * v, eps)) if arcsin[k] else 1.0)
-
 # %% ../nbs/16_heisenberg.ipynb #ab4d609d
 def packed(arrays: list[np.ndarray]) -> np.ndarray:
     "One flat array of integers: where its parts end, then the parts"
@@ -459,8 +423,8 @@ def words_call_back(numbers, values, ints, floats, ends64, ends, space64, space,
                    too or shared_too, grad_weights, lane_slope, slopes[:, 0])
     walked_back[:] = vector
     walk_back(walk[1], walk[2], trig[:, :, 0], walk[3], walk[4], walked_back, slope_of, grad_weights, slopes[:, 0])
-    _scatter(numbers, shared[0], shared[1], shared[3], slopes, of_numbers)
-    if too: _scatter(values, lanes[0], lanes[1], lanes[3], lane_slope, of_values)
+    scatter(numbers, shared[0], shared[1], shared[3], slopes, of_numbers)
+    if too: scatter(values, lanes[0], lanes[1], lanes[3], lane_slope, of_values)
 
 # %% ../nbs/16_heisenberg.ipynb #f519ffac
 class Heisenberg:
@@ -496,7 +460,7 @@ class Heisenberg:
         return itemsize * (6 * self.program.n_groups + 2 * len(self.program.monomials) + 2)
 
     def batch_bytes(self, itemsize: int) -> int:
-        return itemsize * (3 * len(self.lanes) + (0 if self.read.plain else 2) * self.read.n_channels)
+        return itemsize * (3 * len(self.lanes) + (1 if self.read.plain else 3) * self.read.n_channels)
 
     def tile(self, batch: int, itemsize: int, limit_bytes: int | None = None) -> int:
         "Lanes at a time: 128, fewer if the limit is tight; 0 if nothing fits"

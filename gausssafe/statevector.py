@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PHASES', 'TURN', 'LANE_PHASE', 'LANE_TURN', 'Program', 'assemble', 'phase_tables', 'run_steps', 'run_tile',
            'measure_tile', 'cotangent_tile', 'back_tile', 'phase_slopes', 'forward', 'backward', 'Readout', 'readout',
-           'results_from', 'channels_from', 'Pool', 'Saved', 'all_fine', 'StateVector']
+           'results_from', 'channels_from', 'trig_of', 'scatter', 'Pool', 'Saved', 'all_fine', 'StateVector',
+           'slopes_of_values']
 
 # %% ../nbs/15_statevector.ipynb #158d4007
 import math
@@ -504,6 +505,42 @@ def channels_from(read: Readout, kinds: tuple[str, ...], grad: np.ndarray) -> np
     parts += [grad[first:last] for kind, (first, last) in zip(kinds, read.rows, strict=True) if kind != "expval"]
     return np.ascontiguousarray(np.concatenate(parts))
 
+# %% ../nbs/15_statevector.ipynb #fd97b615
+@_jit
+def trig_of(values, entry, scale, shift, arcsin, cosines, sines):
+    "Cosines and sines (n_angles, batch) of angles `scale f(values[entry]) + shift`"
+    for k in range(entry.size):
+        cosine, sine = cosines[k], sines[k]
+        if scale[k] == 0:
+            cosine[:], sine[:] = math.cos(shift[k]), math.sin(shift[k])
+        elif arcsin[k] and abs(scale[k]) == 1 and shift[k] == 0:
+            _trig_of_latents(values[entry[k]], scale[k], cosine, sine)
+        else:
+            for b in range(cosine.size):
+                v = values[entry[k], b]
+                angle = scale[k] * (math.asin(v) if arcsin[k] else v) + shift[k]
+                cosine[b], sine[b] = math.cos(angle), math.sin(angle)
+
+
+@_jit
+def _trig_of_latents(source, sign, cosine, sine):
+    one, zero = cosine.dtype.type(1), cosine.dtype.type(0)
+    for b in range(cosine.size):
+        v = source[b]
+        cosine[b], sine[b] = math.sqrt(max(one - v * v, zero)), cosine.dtype.type(sign) * v
+
+
+@_jit
+def scatter(values, entry, scale, arcsin, slopes, out):
+    "Slopes of entries from slopes of angles, which stay finite where the arcsine's do not"
+    out[:] = 0
+    eps = 1.2e-7 if values.itemsize == 4 else 2.3e-16
+    for k in range(entry.size):
+        if scale[k] == 0: continue
+        for b in range(out.shape[1]):
+            v = values[entry[k], b]
+            out[entry[k], b] += scale[k] * slopes[k, b] / (math.sqrt(max(1 - v * v, eps)) if arcsin[k] else 1.0)
+
 # %% ../nbs/15_statevector.ipynb #f1a55d17
 _CACHE_BYTES = 512 * 1024
 
@@ -584,8 +621,8 @@ class StateVector:
         return self.rows * self.program.n_tables * 3 * itemsize + 64 * (len(self.shared) + 1)
 
     def batch_bytes(self, itemsize: int) -> int:
-        "Bytes that each sample needs for its angles, cosines, sines and slopes"
-        return itemsize * (4 * len(self.lanes) + (0 if self.read.plain else 2) * self.read.n_channels)
+        "Bytes that each sample needs for cosines, sines and slopes of its angles, and for results on their way"
+        return itemsize * (3 * len(self.lanes) + (1 if self.read.plain else 3) * self.read.n_channels)
 
     def tile(self, batch: int, itemsize: int, limit_bytes: int | None = None) -> int:
         "Lanes of a tile: what the cache likes, at most what the batch has and the limit allows; 0 if nothing fits"
@@ -636,9 +673,8 @@ def _run(engine, bound, values, numbers, tile, keep):
     if not saved.fine: return out, saved
     half = 0.5 * tables[0].angles(numbers)
     work["turns"][:, 0], work["turns"][:, 1] = np.cos(half), np.sin(half)
-    work["sines"][:] = 0.5 * tables[1].angles(values)
-    np.cos(work["sines"], out=work["cosines"])
-    np.sin(work["sines"], out=work["sines"])
+    lanes = tables[1]
+    trig_of(values, lanes.entry, lanes.scale / 2, lanes.shift / 2, lanes.arcsin, work["cosines"], work["sines"])
     forward(
         work["states"],
         keep,
@@ -692,5 +728,12 @@ def _run_back(engine, saved, grad, values_too):
         lane_slope,
         w["tile_slope"],
     )
-    of_values = saved.bound[0][1].slopes(saved.values, lane_slope).astype(grad.dtype) if values_too else None
-    return saved.bound[0][0].slopes(saved.numbers, w["shared_slope"]).astype(grad.dtype), of_values
+    shared, _ = tables = saved.bound[0]
+    return shared.slopes(saved.numbers, w["shared_slope"]).astype(grad.dtype), slopes_of_values(tables, saved.values, lane_slope) if values_too else None
+
+
+def slopes_of_values(tables, values, lane_slope):
+    "Slopes (n_entries, batch) from those of the per-sample angles"
+    lanes, out = tables[1], np.empty(values.shape, values.dtype)
+    scatter(values, lanes.entry, lanes.scale, lanes.arcsin, lane_slope, out)
+    return out

@@ -14,7 +14,19 @@ import numpy as np
 
 from .heisenberg import preparation_groups, split_preparation
 from .rotations import Angle, Rotations
-from .statevector import Pool, Program, Readout, Saved, all_fine, assemble, back_tile, phase_slopes, phase_tables, readout, run_steps
+from gausssafe.statevector import (
+    Pool,
+    Readout,
+    Saved,
+    all_fine,
+    assemble,
+    back_tile,
+    phase_slopes,
+    phase_tables,
+    readout,
+    run_steps,
+    slopes_of_values,
+)
 
 # %% ../nbs/17_symmetric.ipynb #cf8c54a7
 @dataclass(frozen=True)
@@ -55,15 +67,16 @@ def _dicke(masks, sizes, n_qubits):
     return np.where(outside, -1, column), np.where(outside, 0, 1 / np.sqrt(norm))
 
 # %% ../nbs/17_symmetric.ipynb #293b1d0d
-_BATCH = 256
+_BATCH, _LEAST_SAVED = 256, 1_200_000  # Amplitudes times rotations: below that the calls cost more than the arithmetic
 
 
 def is_worthwhile(rotations: Rotations, per_slot_sample: tuple[bool, ...]) -> bool:
-    "Whether the few states and their forms cost less than half of what the states of a batch of 256 do"
+    "Whether the few states and their forms cost much less than the states of a batch of 256"
     found = fold(rotations, per_slot_sample)
     if found is None or not found.sizes: return False
-    forms = readout(rotations).n_channels * found.dimension**2 / (3 * max(1, len(found.rest.rotations)))
-    return found.dimension + forms < _BATCH / 2
+    n_rotations = max(1, len(found.rest.rotations))
+    cost = found.dimension + readout(rotations).n_channels * found.dimension**2 / (3 * n_rotations)
+    return cost < _BATCH / 2 and (_BATCH - cost) * n_rotations * 2**rotations.n_qubits > _LEAST_SAVED
 
 # %% ../nbs/17_symmetric.ipynb #0b3a3584
 def _prepare(turns):
@@ -160,7 +173,7 @@ class Symmetric:
         return itemsize * (4 * self.read.n_channels * d + 16 * d) + 32 * (len(self.lanes) + 1)
 
     def batch_bytes(self, itemsize: int) -> int:
-        return itemsize * len(self.lanes) + (0 if self.read.plain else 2 * itemsize) * self.read.n_channels
+        return itemsize * (len(self.lanes) + (1 if self.read.plain else 3) * self.read.n_channels)
 
     def tile(self, batch: int, itemsize: int, limit_bytes: int | None = None) -> int:
         "Samples at a time: 256, fewer if the limit is tight; 0 if nothing fits"
@@ -261,8 +274,7 @@ def _run_fold_back(engine, saved, grad, values_too):
             slopes = 2 * np.einsum("ib,idb->db", g, work["forms"] @ phi)
             _add_turn_slopes(engine, turns, pairs, _group_slopes(groups, slopes), here, prepared)
     of_shared = np.concatenate([_unevolve(engine, work, sums), list(prepared.values())])
-    of_values = tables[1].slopes(saved.values, lane_slope).astype(dtype) if values_too else None
-    return tables[0].slopes(saved.numbers, of_shared).astype(dtype), of_values
+    return tables[0].slopes(saved.numbers, of_shared).astype(dtype), slopes_of_values(tables, saved.values, lane_slope) if values_too else None
 
 
 def _add_turn_slopes(engine, turns, pairs, slopes, lane_slope, prepared):

@@ -8,6 +8,7 @@ __all__ = ['Recipe', 'argument_recipe', 'Angle', 'Gate', 'basis_gates', 'word_tu
 # %% ../nbs/13_trace.ipynb #723128a7
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -254,10 +255,14 @@ def _decomposition(op):
 # %% ../nbs/13_trace.ipynb #3467f627
 @dataclass(frozen=True)
 class Measurement:
-    "What the circuit returns: `expval` with Pauli words, or `probs` (and `sample`, `counts`) of wires"
+    "What the circuit returns: `expval` with Pauli words, or `probs`, `sample`, `counts` or `classical_shadow` of wires, or `shadow_expval`"
     kind: str
     wires: tuple[int, ...] = ()
     words: tuple[tuple[int, int, float], ...] = ()  # (x mask, z mask, coefficient)
+    observables: tuple[tuple[tuple[int, int, float], ...], ...] = ()  # Of `shadow_expval`, each as words
+    parts: int = 1  # Of `shadow_expval`: the k of its median of means
+    all_outcomes: bool = False  # Of `counts`
+    matrix: tuple[tuple[complex, ...], ...] | None = None  # Of an expval of a matrix on `wires`: shots show its eigenvalues
 
 
 def _sentence(observable):
@@ -283,6 +288,8 @@ _READABLE = {
     "ProbabilityMP": "probs",
     "SampleMP": "sample",
     "CountsMP": "counts",
+    "ClassicalShadowMP": "classical_shadow",
+    "ShadowExpvalMP": "shadow_expval",
 }
 
 
@@ -307,8 +314,8 @@ def _check_measurement(m, place, device_wires):
     kind = _READABLE.get(type(m).__name__)
     if kind is None:
         raise InvalidInput(
-            f"{type(m).__name__} is not supported: return expval, probs, sample or counts (a variance is the expval of the square less the "
-                f"square of the expval)."
+            f"{type(m).__name__} is not supported: return expval, probs, sample, counts, classical_shadow or shadow_expval (a variance is "
+                f"the expval of the square less the square of the expval)."
         )
     missing = [wire for wire in m.wires if wire not in place]
     if missing:
@@ -321,8 +328,23 @@ def _check_measurement(m, place, device_wires):
 
 def _measurement(m, place, n_wires):
     kind = _READABLE[type(m).__name__]
-    if kind == "expval": return Measurement(kind, words=_words(m.obs, place, n_wires))
-    return Measurement(kind, wires=tuple(place[wire] for wire in m.wires) or tuple(range(n_wires)))
+    if kind == "expval": return Measurement(kind, words=_words(m.obs, place, n_wires), **_matrix_of(m.obs, place))
+    if kind == "shadow_expval":
+        listed = m.H if isinstance(m.H, (list, tuple)) else [m.H]
+        return Measurement(kind, observables=tuple(_words(h, place, n_wires) for h in listed), parts=m.k)
+    return Measurement(kind, _places(m, place) or tuple(range(n_wires)), all_outcomes=getattr(m, "all_outcomes", False))
+
+
+def _places(measured, place): return tuple(place[wire] for wire in measured.wires)
+
+
+def _matrix_of(observable, place):
+    "An observable that is no sum, on few wires, also as its matrix"
+    import pennylane as qml
+
+    if observable.pauli_rep is not None or isinstance(observable, qml.ops.Sum) or not 0 < len(observable.wires) <= 4: return {}
+    matrix = qml.matrix(observable, wire_order=observable.wires)
+    return {"wires": _places(observable, place), "matrix": tuple(tuple(complex(a) for a in row) for row in np.asarray(matrix))}
 
 # %% ../nbs/13_trace.ipynb #4f952915
 @dataclass(frozen=True)
@@ -516,6 +538,9 @@ def _number_slots(angles, per_sample):
     return refs, recipes, sample, [n for n, r in zip(nodes, recipes, strict=True) if r is None]
 
 # %% ../nbs/13_trace.ipynb #1e06d651
+_tracing = threading.RLock()  # make_fx patches torch for all threads
+
+
 def trace(
     function: Callable,  # A quantum function or a QNode
     shapes: dict[str, tuple[int, ...]],  # Shape of every argument, without the batch
@@ -528,11 +553,12 @@ def trace(
 
     shots = None
     if isinstance(function, qml.QNode):
-        wires, shots, function = wires or function.device.wires or None, function.shots.total_shots, _inner(function)
+        wires, shots, function = wires or function.device.wires or None, _shots_of(function), _inner(function)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise InvalidInput(f"an argument is empty: {shapes}")
-    graph, raw, measurements, place, form = _record(function, shapes, wires)
-    _check_trace(function, shapes, wires, graph, raw, measurements)
+    with _tracing:
+        graph, raw, measurements, place, form = _record(function, shapes, wires)
+        _check_trace(function, shapes, wires, graph, raw, measurements)
     refs, recipes, sample, nodes = _number_slots(_slots(graph, shapes), per_sample)
     angles = iter(refs)
     gates = tuple(
@@ -545,6 +571,12 @@ def trace(
         len(place), gates, flat, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots, sizes,
         form,
     )
+
+
+def _shots_of(qnode):
+    if qnode.shots.has_partitioned_shots:
+        raise InvalidInput(f"the QNode asks for a vector of shots ({qnode.shots}): set one number of shots, and call once for each.")
+    return qnode.shots.total_shots
 
 
 def _inner(qnode):
