@@ -8,37 +8,20 @@ __all__ = ['ExecutionPlan', 'estimate_bytes', 'explain', 'ShotPlan', 'compile_ci
 # %% ../nbs/22_circuits.ipynb #0e8152a5
 import inspect
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from .draws import WordDraw, draws_of, measuring
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
-from .heisenberg import Heisenberg, expand
 from .memory import read_limit
-from .rotations import AngleTable, entries_of, rotations_of
-from .shadows import check_parts, shadow_law, shadow_rows, words_expval
-from gausssafe.shots import (
-    bits_of,
-    call_seed,
-    categories_of,
-    check_shots,
-    commuting_groups,
-    count_words,
-    eigen_law,
-    independent,
-    joint_law,
-    law_draw,
-    letters_of,
-    marginal,
-    sign_means,
-    stream,
-)
-from .statevector import StateVector, channels_from, results_from
-from .symmetric import Symmetric, is_worthwhile
-from .trace import Angle, Circuit, Gate, Measurement, trace
+from .rotations import AngleTable, entries_of
+from .shots import call_seed, check_shots, stream
+from .statevector import channels_from, results_from
+from .symmetric import ENGINES, choose_engine
+from .trace import Circuit, Measurement, trace
 from .units import format_bytes
 
 # %% ../nbs/22_circuits.ipynb #6ccf0b60
@@ -99,28 +82,6 @@ def _check_shape(name, tensor, shape, batched):
         want = ("batch, " if batched else "") + ", ".join(map(str, shape))
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}; the circuit was compiled for ({want}).")
 
-# %% ../nbs/22_circuits.ipynb #2c0ac512
-_engines = weakref.WeakValueDictionary()
-
-
-def _engine(kind, rotations, per_slot_sample):
-    "Engines, and with them workspaces, are shared by all plans of the same circuit"
-    key = (kind, rotations, per_slot_sample)
-    engine = _engines.get(key)
-    if engine is None: engine = _engines[key] = kind(rotations, per_slot_sample)
-    return engine
-
-
-_KINDS = {"heisenberg": Heisenberg, "symmetric": Symmetric, "statevector": StateVector}
-
-
-def _choose(circuit, engine):
-    "The Pauli words if they are few, the symmetric space if it is small, the states otherwise"
-    rotations, sampled = rotations_of(circuit), circuit.per_slot_sample
-    if engine == "auto":
-        engine = "heisenberg" if expand(rotations, sampled) else "symmetric" if is_worthwhile(rotations, sampled) else "statevector"
-    return _engine(_KINDS[engine], rotations, sampled)
-
 # %% ../nbs/22_circuits.ipynb #2e5f9711
 _CPU = torch.device("cpu")
 
@@ -138,7 +99,7 @@ class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
-        self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, _choose(circuit, engine)
+        self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, choose_engine(circuit, engine)
         entries = entries_of(circuit)
         tables = AngleTable(self._engine.shared, entries), AngleTable(self._engine.lanes, entries)
         self._kinds = tuple(m.kind for m in circuit.measurements)
@@ -308,209 +269,6 @@ def explain(self) -> str:
 
 ExecutionPlan.explain = explain
 
-# %% ../nbs/22_circuits.ipynb #6704fa1b
-class _Draw:
-    "An engine, and what is drawn from its results"
-
-    keep = False
-
-    def __init__(self, circuit, engine):
-        self.engine, entries = engine, entries_of(circuit)
-        self.tables = AngleTable(engine.shared, entries), AngleTable(engine.lanes, entries)
-
-    def layout(self, batch, itemsize, limit, shots):
-        "(lanes of a tile, bytes) of a chunk; no lanes if it does not fit"
-        extra = self.extra_bytes(batch, itemsize, shots)
-        tile = self.engine.tile(batch, itemsize, max(0, limit - extra))
-        return tile, self.engine.bytes(batch, itemsize, max(1, tile), self.keep) + extra
-
-
-def _measuring(circuit, measurements, gates=()):
-    "The circuit with other measurements, after some more gates"
-    return replace(circuit, gates=circuit.gates + tuple(gates), measurements=tuple(measurements), shots=None)
-
-
-def _measuring_words(circuit, words):
-    return _measuring(circuit, [Measurement("expval", words=((x, z, 1.0),)) for x, z in words])
-
-
-class _WordDraw(_Draw):
-    "Laws, each as (law, parts, targets); a target is a measurement and the weights of the law's observables in it"
-
-    def __init__(self, circuit, laws, engine):
-        words = list(dict.fromkeys(word for law, *_ in laws for word in law.words))
-        measured = _measuring_words(circuit, words)
-        super().__init__(measured, _choose(measured, engine))
-        self.laws = [(law, [words.index(w) for w in law.words], *more) for law, *more in laws]
-        self.kinds, self.n_words = ("expval",) * len(words), len(words)
-
-    def extra_bytes(self, batch, itemsize, shots):
-        return batch * (2 * itemsize * self.n_words + sum(8 * (len(law.words) + parts * law.values.shape[1]) for law, _, parts, _ in self.laws))
-
-    def read(self, channels, saved, shots, seed, first, into):
-        exact = results_from(self.engine.read, self.kinds, channels)
-        for number, (law, rows, parts, targets) in enumerate(self.laws):
-            drawn = law_draw(law, exact[rows], shots, parts=parts, seed=stream(seed, number), first=first)
-            for target, weights in targets: into.add(target, first, weights @ drawn)
-
-    def slopes(self, columns, n_results):
-        "d mean / d expectation, (n_results, n_words)"
-        found = np.zeros((n_results, self.n_words))
-        for law, rows, _, targets in self.laws:
-            own = np.where(abs(law.values.T @ law.matrix) > 1e-12, law.values.T @ law.matrix, 0)
-            for target, weights in targets: found[np.ix_(range(*columns[target]), rows)] += weights @ own
-        return found
-
-    def run_back(self, saved, grad, samples_too):
-        return self.engine.run_back(saved, channels_from(self.engine.read, self.kinds, np.ascontiguousarray(grad, saved.values.dtype)), samples_too)
-
-    def describe(self):
-        most = max(len(law.constant) for law, *_ in self.laws)
-        laws = f"{len(self.laws)} law{'s' * (len(self.laws) > 1)}"
-        return f"{laws} of at most {most} categories, from {self.n_words} expectations ({self.engine.name})"
-
-# %% ../nbs/22_circuits.ipynb #50b72c49
-def _rotation(letters):
-    "Gates that turn the letters on some wires into Z"
-    for wire, letter in letters.items():
-        if letter == "Y": yield Gate("Phase", (wire,), Angle(None, 0.0, -math.pi / 2))
-        if letter in "XY": yield from (Gate("Phase", (wire,), Angle(None, 0.0, math.pi)), Gate("RY", (wire,), Angle(None, 0.0, math.pi / 2)))
-
-
-class _BitDraw(_Draw):
-    "Bit strings of some wires: signs of `words` (measurement, letters, weight), and what `readers` (measurement, kind, wires) ask for"
-
-    def __init__(self, circuit, wires, letters, words=(), readers=()):
-        measured = _measuring(circuit, [Measurement("probs", wires)], _rotation(letters))
-        super().__init__(measured, _choose(measured, "statevector"))
-        self.wires, self.words, self.readers = wires, words, readers
-        place = {wire: 1 << len(wires) - 1 - i for i, wire in enumerate(wires)}
-        self.masks = np.array([sum(place[wire] for wire in own) for _, own, _ in words], dtype=np.int64)
-
-    def extra_bytes(self, batch, itemsize, shots):
-        each = (itemsize << len(self.wires)) + 8 * len(self.words) + (24 * shots if self.readers else 0)
-        return batch * each + (20 << len(self.wires)) + 8 * min(len(self.masks) << len(self.wires), 1 << 20)
-
-    def read(self, channels, saved, shots, seed, first, into):
-        seed = stream(seed, 0)
-        if self.words:
-            means = np.empty((len(self.masks), channels.shape[1]))
-            sign_means(channels, shots, seed, first, self.masks, means)
-            for (target, _, weight), mean in zip(self.words, means, strict=True): into.add(target, first, weight * mean[None])
-        if self.readers:
-            categories = np.empty((channels.shape[1], shots), np.int64)
-            categories_of(channels, shots, seed, first, categories)
-            for target, measurement in self.readers: self._tell(into, target, measurement, categories, first)
-
-    def _tell(self, into, target, measurement, categories, first):
-        n, places = len(measurement.wires), tuple(self.wires.index(wire) for wire in measurement.wires)
-        own = marginal(categories, places, len(self.wires))
-        if measurement.kind == "sample": into.keep(target, bits_of(own, n))
-        elif measurement.kind == "counts": into.keep(target, count_words(own, n, measurement.all_outcomes))
-        else: into.add(target, first, np.stack([np.bincount(row, minlength=1 << n) for row in own], 1) / own.shape[1])
-
-    def describe(self): return f"bit strings of {len(self.wires)} wires, from {1 << len(self.wires)} probabilities"
-
-# %% ../nbs/22_circuits.ipynb #396802c6
-class _StateDraw(_Draw):
-    "Shadows of some wires: as they are, or as estimates (`letters`, `parts`, `weights`)"
-
-    keep = True
-
-    def __init__(self, circuit, wires, target, estimate=None):
-        n = circuit.n_wires
-        order = (*wires, *(wire for wire in range(n) if wire not in wires))
-        flips = [Measurement("expval", words=((1 << n - 1 - wire, 0, 1.0),)) for wire in wires]
-        measured = _measuring(circuit, [Measurement("probs", order), *flips])
-        rotations = rotations_of(measured)
-        p = np.arange(1 << n)
-        read = [(np.bitwise_count(p & mask) & 1 ^ inverted).astype(np.int64) for mask, inverted in rotations.probs[0]]
-        self.place = sum(bit << n - 1 - i for i, bit in enumerate(read))
-        super().__init__(measured, _engine(StateVector, replace(rotations, expvals=(), probs=()), circuit.per_slot_sample))
-        self.wires, self.target, self.estimate = wires, target, estimate
-
-    def extra_bytes(self, batch, itemsize, shots):
-        return batch * (4 * itemsize * len(self.place) + 2 * shots * len(self.wires)) + 10 * itemsize * len(self.place)
-
-    def read(self, channels, saved, shots, seed, first, into):
-        states = saved.work["states"]
-        half, batch = states.shape[2] // 2, saved.values.shape[1]
-        turned = np.empty((batch, len(self.place)), np.result_type(states, np.complex64))
-        for t, tile in enumerate(states):
-            own = turned[t * half:(t + 1) * half]
-            own.real[:, self.place], own.imag[:, self.place] = tile[:, :len(own)].T, tile[:, half:half + len(own)].T
-        bits, recipes = (np.empty((batch, shots, len(self.wires)), np.int8) for _ in range(2))
-        shadow_rows(turned, stream(seed, 0), first, bits, recipes)
-        if self.estimate is None: into.keep(self.target, (bits, recipes))
-        else: into.add(self.target, first, self.estimate[2] @ words_expval(bits, recipes, *self.estimate[:2]))
-
-    def describe(self): return f"bits and recipes of {len(self.wires)} wires, from states of {len(self.place)} amplitudes"
-
-# %% ../nbs/22_circuits.ipynb #3a700126
-_MOST_IN_GROUP, _MOST_IN_SHADOW = 6, 5  # Independent words of a law: at most 2^6 and 3^5 categories
-
-
-def _expands(circuit, words): return expand(rotations_of(_measuring_words(circuit, words)), circuit.per_slot_sample) is not None
-
-
-def _sum_of(targets):
-    "Weights of a list of words (measurement, coefficient) by measurement: {measurement: (1, n_words)}"
-    found = {}
-    for column, (target, coefficient) in enumerate(targets):
-        found.setdefault(target, np.zeros((1, len(targets))))[0, column] += coefficient
-    return tuple(found.items())
-
-
-def _group_draw(circuit, group, engine):
-    "A law or a bit draw for words (measurement, x, z, coefficient) that share their shots"
-    words = [(x, z) for _, x, z, _ in group]
-    few = len(independent(words)[0]) <= _MOST_IN_GROUP and engine != "statevector"
-    law = joint_law(words) if few else None
-    if law and _expands(circuit, law.words): return (law, 1, _sum_of([(i, c) for i, *_, c in group]))
-    letters = {wire: letter for word in words for wire, letter in letters_of(word, circuit.n_wires).items()}
-    return _BitDraw(circuit, tuple(sorted(letters)), letters, [(i, letters_of((x, z), circuit.n_wires), c) for i, x, z, c in group])
-
-
-def _shadow_draw(circuit, i, measurement, shots):
-    "A law for a shadow_expval of a few words, states for many"
-    parts = check_parts(shots, measurement.parts)
-    words = list(dict.fromkeys((x, z) for words in measurement.observables for x, z, _ in words if x or z))
-    weights = np.zeros((len(measurement.observables), len(words)))
-    for row, own in enumerate(measurement.observables):
-        for x, z, c in own:
-            if x or z: weights[row, words.index((x, z))] += c
-    if len(words) <= _MOST_IN_SHADOW: return (shadow_law(words), parts, ((i, weights),))
-    on = [letters_of(word, circuit.n_wires) for word in words]
-    wires = tuple(sorted({wire for letters in on for wire in letters}))
-    letters = np.array([["XYZ".index(own[wire]) if wire in own else -1 for wire in wires] for own in on], dtype=np.int8)
-    return _StateDraw(circuit, wires, i, (letters, parts, weights))
-
-
-def _single_words(circuit):
-    "All words of expvals, by PennyLane's groups"
-    n, single, groups = circuit.n_wires, [], []
-    for i, m in enumerate(circuit.measurements):
-        if m.kind != "expval" or m.matrix is not None: continue
-        own = [(i, x, z, c) for x, z, c in m.words if x or z]
-        if len(m.words) == 1: single += own
-        else: groups += [[own[j] for j in group] for group in commuting_groups([w[1:3] for w in own], n)]
-    return [[single[j] for j in group] for group in commuting_groups([w[1:3] for w in single], n)] + groups
-
-
-def _draws(circuit, engine):
-    "All draws of a circuit"
-    found, readers = [_group_draw(circuit, group, engine) for group in _single_words(circuit)], []
-    for i, m in enumerate(circuit.measurements):
-        if m.matrix is not None: found.append((eigen_law(np.array(m.matrix), m.wires, circuit.n_wires), 1, ((i, np.ones((1, 1))),)))
-        elif m.kind == "shadow_expval": found.append(_shadow_draw(circuit, i, m, circuit.shots))
-        elif m.kind == "classical_shadow": found.append(_StateDraw(circuit, m.wires, i))
-        elif m.kind != "expval": readers.append((i, m))
-    if readers:
-        wires = tuple(sorted({wire for _, m in readers for wire in m.wires}))
-        found.append(_BitDraw(circuit, wires, {}, readers=readers))
-    laws = [draw for draw in found if isinstance(draw, tuple) and draw[0].words]
-    return ([_WordDraw(circuit, laws, engine)] if laws else []) + [draw for draw in found if not isinstance(draw, tuple)]
-
 # %% ../nbs/22_circuits.ipynb #c2cf497f
 class _Results:
     "What a call has drawn so far"
@@ -561,7 +319,7 @@ def _exact(circuit):
     for m in circuit.measurements:
         if m.kind in ("expval", "probs"): found.append(m)
         if m.kind == "shadow_expval": found += [Measurement("expval", words=words) for words in m.observables]
-    return _measuring(circuit, found or [Measurement("expval", words=((0, 0, 1.0),))])
+    return measuring(circuit, found or [Measurement("expval", words=((0, 0, 1.0),))])
 
 
 def _columns(measurements):
@@ -582,9 +340,9 @@ class ShotPlan(ExecutionPlan):
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         super().__init__(_exact(circuit), limit_bytes, engine)
         self.shots, self.measurements = circuit.shots, circuit.measurements
-        self._draws, (self._columns, self._constants), self._chunks = _draws(circuit, engine), _columns(circuit.measurements), {}
+        self._draws, (self._columns, self._constants), self._chunks = draws_of(circuit, engine), _columns(circuit.measurements), {}
         for draw in self._draws: draw.bound = draw.engine.bind(draw.tables, self._limits)
-        alone = len(self._draws) == 1 and isinstance(self._draws[0], _WordDraw)
+        alone = len(self._draws) == 1 and isinstance(self._draws[0], WordDraw)
         self._slopes = self._draws[0].slopes(self._columns, self.n_results) if alone else None
 
     @property
@@ -713,8 +471,8 @@ def compile_circuit(
     shots: int | None = None,  # Instead of the QNode's own; None for those, or for exact values
 ) -> ExecutionPlan:  # Call it with the arguments by name; a `ShotPlan` where there are shots
     "Compile a circuit once, to run it on batches"
-    if engine not in ("auto", *_KINDS):
-        raise InvalidInput(f"engine {engine!r} is unknown: use {', '.join(map(repr, ('auto', *_KINDS)))}.")
+    if engine not in ("auto", *ENGINES):
+        raise InvalidInput(f"engine {engine!r} is unknown: use {', '.join(map(repr, ('auto', *ENGINES)))}.")
     shapes = {name: (shape,) if isinstance(shape, int) else tuple(shape) for name, shape in shapes.items()}
     circuit = trace(function, shapes, per_sample=tuple(name for name in per_sample if name in shapes))
     if shots is not None:

@@ -471,4 +471,4 @@ def test_importing_does_not_import_pennylane():
 
 def test_equal_circuits_share_an_engine():
     plans = [compile_circuit(deep, {"inputs": (3,), "w": (2, 3, 3)}) for _ in range(2)]
-    assert plans[0]._engine is plans[1]._engine and len(circuits._engines) >= 1
+    assert plans[0]._engine is plans[1]._engine
