@@ -28,7 +28,7 @@ from . import metrics, mixture
 from .errors import InvalidInput, NotFinite
 from .memory import MemoryMonitor, read_limit, read_memory
 from .networks import Critic, DirectGenerator, GaussianGenerator, sign_loss, sign_reward
-from .noise import ClassicalNoise, QuantumNoise, seed_streams
+from .noise import ClassicalNoise, QuantumNoise, QuantumShadowNoise, seed_streams
 from .units import format_bytes, format_duration
 
 # %% ../nbs/25_wgan.ipynb #61ad0c85
@@ -36,8 +36,10 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     "Everything that decides a training; two equal configurations give equal histories on one machine"
 
     noise: Literal["normal", "uniform", "quantum", "shadow"] = "quantum"  # Where the latent numbers come from
-    n_qubits: int = Field(6, ge=1)  # Quantum noise: qubits, and numbers in a noise vector
-    n_layers: int = Field(2, ge=1)  # Quantum noise: layers that learn
+    n_qubits: int = Field(6, ge=1)  # Quantum and shadow noise: qubits; of quantum noise also numbers in a noise vector
+    n_layers: int = Field(2, ge=1)  # Quantum and shadow noise: layers that learn
+    n_observables: int = Field(3, ge=1)  # Shadow noise: random Pauli words, and numbers in a noise vector
+    shots: int = Field(100, ge=1)  # Shadow noise: snapshots a sample
     z_dim: int = Field(4, ge=1)  # Classical noise: numbers in a noise vector
     batch_size: int = Field(256, ge=2)
     epochs: int = Field(50, ge=1)  # Of n_train / batch_size generator steps
@@ -78,7 +80,6 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _check_together(self):
         n_left = self.n_points - self.n_train
-        if self.noise == "shadow": raise ValueError('noise="shadow" is not there yet: use "quantum" (exact expectations), "normal" or "uniform"')
         if n_left < 20: raise ValueError(f"n_train = {self.n_train:,} of n_points = {self.n_points:,} leaves fewer than 20 points to compare with")
         return self
 
@@ -149,7 +150,9 @@ def make_noise(
 ) -> torch.nn.Module:  # `noise(n)` is (n, noise.dim)
     "The noise that a configuration names"
     seed = _seeds(config)["noise"]
-    if config.noise == "quantum": return QuantumNoise(config.n_qubits, config.n_layers, seed, memory_limit=config.memory_limit)
+    circuit = dict(n_qubits=config.n_qubits, n_layers=config.n_layers, seed=seed, memory_limit=config.memory_limit)
+    if config.noise == "quantum": return QuantumNoise(**circuit)
+    if config.noise == "shadow": return QuantumShadowNoise(**circuit, n_observables=config.n_observables, shots=config.shots)
     return ClassicalNoise(config.noise, config.z_dim, seed)
 
 # %% ../nbs/25_wgan.ipynb #33d508ac
@@ -197,7 +200,7 @@ class GAN(torch.nn.Module):
 # %% ../nbs/25_wgan.ipynb #06f1e1c5
 @contextmanager
 def _reseeded(gan, seed):
-    generators = [g for module in gan.modules() if isinstance(g := vars(module).get("generator"), torch.Generator)]
+    generators = [g for module in gan.modules() for g in vars(module).values() if isinstance(g, torch.Generator)]
     states, was_training = [g.get_state() for g in generators], gan.training
     for g, s in zip(generators, seed_streams(seed, len(generators)), strict=True): g.manual_seed(s)
     gan.eval()

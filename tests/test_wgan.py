@@ -34,7 +34,6 @@ def result(): return train()
     (dict(lerning_rate=1e-3), "there is no field 'lerning_rate': did you mean 'learning_rate'?"),
     (dict(zzz=1), "there is no field 'zzz'; the fields are noise, n_qubits, "),
     (dict(noise="quantom"), "noise: Input should be 'normal', 'uniform', 'quantum' or 'shadow', not 'quantom'"),
-    (dict(noise="shadow"), 'noise="shadow" is not there yet: use "quantum" (exact expectations), "normal" or "uniform"'),
     (dict(epochs=0), "epochs: Input should be greater than or equal to 1, not 0"),
     (dict(epochs="2"), "epochs: Input should be a valid integer, not '2'"),
     (dict(epochs=True), "epochs: Input should be a valid integer, not True"),
@@ -210,12 +209,18 @@ def test_a_run_away_learning_rate_is_reported():
     assert astray.value.step >= 1
 
 
+def test_noise_from_shots_trains_and_repeats():
+    first, second = (train(noise="shadow", n_observables=2, shots=20) for _ in range(2))
+    pd.testing.assert_frame_equal(first.history[MEASURED_ALIKE], second.history[MEASURED_ALIKE])
+    assert torch.equal(first.gan.sample(50, seed=1), first.gan.sample(50, seed=1)) and first.gan.noise.dim == 2
+
+
 def test_a_limit_that_nothing_fits_is_refused_before_training():
     with pytest.raises(MemoryBudgetExceeded, match="14 qubits x batch"): train(n_qubits=14, memory_limit="10kB")
 
 
 def test_a_limit_chunks_the_noise_and_changes_nothing_much(result):
-    chunked = train(memory_limit="60kB")
+    chunked = train(memory_limit="76kB")
     pd.testing.assert_frame_equal(result.history[MEASURED_ALIKE], chunked.history[MEASURED_ALIKE], rtol=1e-3)
 
 
