@@ -1,10 +1,15 @@
 """Circuits: peers and us in turn, in one run, forward + backward, fresh latents and moved weights at every timed call.
 
-    python benchmarks/circuits.py [--quick] [--out benchmarks/results]
+    python benchmarks/circuits.py [--quick] [--only steps,memory,largest,training] [--out benchmarks/results]
 
-Peers that are not installed are named and skipped. Values and gradients are compared with default.qubit (float64) in the
-same run wherever it can hold the circuit. One thread; medians. Memory is the rise of the peak resident size in a process
-of its own. JAX peers are called with NumPy latents and their results are waited for; their compilation is not counted.
+- steps: time of a step. Values and gradients of everybody are compared with default.qubit (float64) in the same run, wherever it can
+  hold the circuit. Shallow rows, deep ones (L >= 6) and rows with distinct inputs are apart, and the engine of ours is named.
+- memory: rise of the peak resident size above a step with two samples, in a fresh process, against the number of qubits.
+- largest: the largest n of which a step is done within 1 GB for the process tree (`gausssafe`'s own guard) and two minutes.
+- training: a round of the GAN on quantum noise against one on classical noise; shadow noise against PennyLane's shadows.
+
+One core (the process is pinned to it), one thread, medians. JAX peers are compiled beforehand, and their results are waited for; expectations
+are read from probabilities, which is faster for them than asking for each observable. Peers that are not installed are named.
 """
 
 import argparse
@@ -18,9 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 import numpy as np
 import pennylane as qml
@@ -36,11 +40,18 @@ CASES = [  # name, circuit, qubits, layers, batch, group
     ("n=12 L=2 B=256", "reports", 12, 2, 256, "shallow"),
     ("n=20 L=2 B=4096", "reports", 20, 2, 4096, "shallow"),
     ("n=10 L=6 B=256", "reports", 10, 6, 256, "deep"),
-    ("n=8 L=4 B=256 distinct", "distinct", 8, 4, 256, "distinct inputs"),
-    ("n=10 L=4 B=256 distinct", "distinct", 10, 4, 256, "distinct inputs"),
-    ("n=8 L=4 B=256 re-uploaded", "uploads", 8, 4, 256, "distinct inputs"),
+    ("n=8 L=4 B=256", "distinct", 8, 4, 256, "distinct inputs"),
+    ("n=10 L=4 B=256", "distinct", 10, 4, 256, "distinct inputs"),
+    ("n=12 L=4 B=256", "distinct", 12, 4, 256, "distinct inputs"),
+    ("n=14 L=4 B=64", "distinct", 14, 4, 64, "distinct inputs"),
+    ("n=8 L=4 B=256", "uploads", 8, 4, 256, "re-uploaded inputs"),
+    ("n=10 L=4 B=256", "uploads", 10, 4, 256, "re-uploaded inputs"),
 ]
-TOO_LARGE = {"broadcasting": 12, "jax": 12, "tensorcircuit": 16}  # qubits past which a peer is not run
+TOO_LARGE = {"loop": 6, "broadcasting": 14, "device": 14, "pyqtorch": 14, "jax": 12, "tensorcircuit": 14}  # qubits past which a step takes minutes
+COLOURS = {"ours": "#0072B2", "device": "#56B4E9", "loop": "#999999", "broadcasting": "#D55E00", "pyqtorch": "#E69F00", "jax": "#009E73",
+           "tensorcircuit": "#CC79A7"}
+TITLES = {"ours": "ours", "device": "ours, as a PennyLane device", "loop": "PennyLane loop", "broadcasting": "PennyLane broadcasting",
+          "pyqtorch": "pyqtorch", "jax": "PennyLane-JAX", "tensorcircuit": "TensorCircuit-NG"}
 
 
 def reports(x, w, g):
@@ -117,6 +128,38 @@ class TensorCircuitGates:
         self.c.cnot(a, b)
 
 
+class PyqtorchGates:
+    "Collects operations, and the values of their parameters"
+
+    def __init__(self):
+        import pyqtorch
+
+        self.pyq, self.ops, self.values, self.arcsin = pyqtorch, [], {}, torch.arcsin
+
+    def _turn(self, gate, q, a):
+        name = f"p{len(self.values)}"
+        self.values[name] = a
+        self.ops.append(gate(q, name))
+
+    def ry(self, q, a):
+        self._turn(self.pyq.RY, q, a)
+
+    def rz(self, q, a):
+        self._turn(self.pyq.RZ, q, a)
+
+    def cnot(self, a, b):
+        self.ops.append(self.pyq.CNOT(a, b))
+
+
+def from_probabilities(p, n, stack):
+    "<Z_q> of all qubits from probabilities (2,) * n + rest"
+    found = []
+    for q in range(n):
+        z = p.sum(tuple(a for a in range(n) if a != q))
+        found.append(z[0] - z[1])
+    return stack(found, -1)
+
+
 def torch_step(run):
     "(x, w) -> (values, gradient to w), from a differentiable torch function"
 
@@ -142,20 +185,53 @@ def ours(kind, n, layers):
     return step
 
 
-def broadcasting(kind, n, layers):
-    @qml.qnode(qml.device("default.qubit", wires=n), diff_method="backprop")
+def qnode(kind, n, numpy, device="default.qubit", **options):
+    @qml.qnode(qml.device(device, wires=n), **options)
     def circuit(x, w):
-        CIRCUITS[kind](x, w, PennyLaneGates(torch))
+        CIRCUITS[kind](x, w, PennyLaneGates(numpy))
         return [qml.expval(qml.PauliZ(q)) for q in range(n)]
 
+    return circuit
+
+
+def device(kind, n, layers):
+    circuit = qnode(kind, n, torch, "gausssafe.qubit")
     return torch_step(lambda x, w: torch.stack(circuit(x, w), -1))
+
+
+def loop(kind, n, layers):
+    circuit = qnode(kind, n, torch, diff_method="backprop")
+    return torch_step(lambda x, w: torch.stack([torch.stack(circuit(row, w)) for row in x]))
+
+
+def broadcasting(kind, n, layers):
+    circuit = qnode(kind, n, torch, diff_method="backprop")
+    return torch_step(lambda x, w: torch.stack(circuit(x, w), -1))
+
+
+def pyqtorch(kind, n, layers):
+    import pyqtorch as pyq
+
+    def run(x, w):
+        gates = PyqtorchGates()
+        CIRCUITS[kind](x, w, gates)
+        if not made:
+            made.append(pyq.QuantumCircuit(n, gates.ops).to(torch.complex64))
+        state = made[0](state=pyq.zero_state(n, dtype=torch.complex64), values=gates.values)
+        return from_probabilities(state.abs().square(), n, torch.stack)
+
+    made = []
+    return torch_step(run)
 
 
 def jax_step(one):
     import jax
 
-    value = jax.jit(lambda x, w: (lambda y: (y.sum(), y))(jax.vmap(one, (0, None))(x, w)))
-    both = jax.jit(jax.value_and_grad(lambda w, x: value(x, w), has_aux=True))
+    def loss(w, x):
+        y = jax.vmap(one, (0, None))(x, w)
+        return y.sum(), y
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def step(x, w):
         (_, y), g = both(w, x)
@@ -167,11 +243,7 @@ def jax_step(one):
 def jax(kind, n, layers):
     import jax.numpy as jnp
 
-    @qml.qnode(qml.device("default.qubit", wires=n), diff_method="backprop", interface="jax")
-    def circuit(x, w):
-        CIRCUITS[kind](x, w, PennyLaneGates(jnp))
-        return [qml.expval(qml.PauliZ(q)) for q in range(n)]
-
+    circuit = qnode(kind, n, jnp, diff_method="backprop", interface="jax")
     return jax_step(lambda x, w: jnp.stack(circuit(x, w)))
 
 
@@ -184,17 +256,17 @@ def tensorcircuit(kind, n, layers):
     def one(x, w):
         c = tc.Circuit(n)
         CIRCUITS[kind](x, w, TensorCircuitGates(c, jnp))
-        return jnp.stack([jnp.real(c.expectation_ps(z=[q])) for q in range(n)])
+        return from_probabilities((jnp.abs(c.state()) ** 2).reshape((2,) * n), n, jnp.stack)
 
     return jax_step(one)
 
 
-NEEDS = {"ours": ("gausssafe",), "broadcasting": ("pennylane",), "jax": ("jax",), "tensorcircuit": ("jax", "tensorcircuit")}
-PEERS = {"ours": ours, "broadcasting": broadcasting, "jax": jax, "tensorcircuit": tensorcircuit}
+PEERS = {f.__name__: f for f in (ours, device, loop, broadcasting, pyqtorch, jax, tensorcircuit)}
+NEEDS = {"jax": ["jax"], "tensorcircuit": ["jax", "tensorcircuit"], "pyqtorch": ["pyqtorch"]}
 
 
 def missing(peer):
-    return [need for need in NEEDS[peer] if importlib.util.find_spec(need) is None]
+    return [need for need in NEEDS.get(peer, []) if importlib.util.find_spec(need) is None]
 
 
 def draws(kind, n, layers, batch, dtype=np.float32, seed=0):
@@ -206,18 +278,15 @@ def draws(kind, n, layers, batch, dtype=np.float32, seed=0):
 
 def timed(steps, inputs, budget_s):
     "Median ms of each step, the steps taking turns"
-    for step in steps.values():
-        step(*next(inputs))
     times, end = {name: [] for name in steps}, time.perf_counter() + budget_s
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, step in steps.items():
-            x, w = next(inputs)
             spent = time.perf_counter()
             for _ in range(20):  # quick ones several times a turn
+                arguments = next(inputs)
                 start = time.perf_counter()
-                step(x, w)
+                step(*arguments)
                 times[name].append(time.perf_counter() - start)
-                x, w = next(inputs)
                 if time.perf_counter() - spent > 0.02:
                     break
     return {name: 1e3 * float(np.median(found)) for name, found in times.items()}
@@ -226,7 +295,7 @@ def timed(steps, inputs, budget_s):
 def checked(steps, kind, n, layers):
     "Largest errors of value and gradient (relative in norm) against default.qubit in float64, on 8 samples"
     x, w = next(draws(kind, n, layers, 8, np.float64, seed=1))
-    if n > 12:
+    if n > 14:
         return {}
     y, g = (np.asarray(v) for v in broadcasting(kind, n, layers)(x, w))
     found = {}
@@ -236,55 +305,156 @@ def checked(steps, kind, n, layers):
     return found
 
 
-def rise_bytes(peer, kind, n, layers, batch):
-    "Rise of the peak resident size of two steps, in a fresh process that has run one of two samples"
-    command = [sys.executable, __file__, "--memory", json.dumps([peer, kind, n, layers, batch])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
-
-
-def measure_memory(peer, kind, n, layers, batch):
-    step = PEERS[peer](kind, n, layers)
-    step(*next(draws(kind, n, layers, 2)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
-        step(*next(draws(kind, n, layers, batch)))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-
-
 def run_case(case, quick):
     name, kind, n, layers, batch, group = case
-    steps, left_out = {}, {}
+    steps, left_out, compile_s = {}, {}, {}
     for peer, make in PEERS.items():
-        if missing(peer):
-            left_out[peer] = "not installed: " + ", ".join(missing(peer))
+        if missing(peer) or n > TOO_LARGE.get(peer, 99) or (peer == "loop" and (quick or batch * n > 256 * 6)):
+            left_out[peer] = "not installed" if missing(peer) else "too slow here"
             continue
-        if n > TOO_LARGE.get(peer, 99):
-            left_out[peer] = "too large"
-            continue
+        start = time.perf_counter()
         try:
             steps[peer] = make(kind, n, layers)
             steps[peer](*next(draws(kind, n, layers, batch)))
         except Exception as error:
             left_out[peer] = f"{type(error).__name__}: {error}"[:200]
             steps.pop(peer, None)
-    row = {
-        "case": name,
-        "group": group,
-        "engine": steps["ours"].engine,
-        "ms": timed(steps, draws(kind, n, layers, batch), 1.5 if quick else 10),
-        "errors": checked(steps, kind, n, layers),
-        "left_out": left_out,
-    }
-    if not quick:
-        row["rise_bytes"] = {peer: rise_bytes(peer, kind, n, layers, batch) for peer in steps}
-    return row
+        compile_s[peer] = round(time.perf_counter() - start, 2)
+    ms = timed(steps, draws(kind, n, layers, batch), 1.5 if quick else 6)
+    errors = checked(steps, kind, n, layers)
+    return {"case": name, "group": group, "engine": steps["ours"].engine, "ms": ms, "errors": errors, "first_call_s": compile_s, "left_out": left_out}
+
+
+def table(rows):
+    lines = [
+        "| " + " | ".join(["circuit", "case", "engine", *TITLES.values(), "over broadcasting", "over TC-NG", "value error", "gradient error"]) + " |",
+        "|" + "---|" * (len(PEERS) + 7),
+    ]
+    for r in rows:
+        ms, error = r["ms"], r["errors"].get("ours", {})
+        ratios = [f"{ms[p] / ms['ours']:.0f}x" if p in ms else "-" for p in ("broadcasting", "tensorcircuit")]
+        cells = [f"{ms[p]:.3g}" if p in ms else "-" for p in PEERS]
+        errors = [f"{error[k]:.1e}" if error else "-" for k in ("value", "gradient")]
+        lines.append("| " + " | ".join([r["group"], r["case"], r["engine"], *cells, *ratios, *errors]) + " |")
+    return "\n".join(lines)
+
+
+def steps_part(options):
+    rows = []
+    for case in CASES:
+        rows.append(run_case(case, options.quick))
+        print(table(rows[-1:]).splitlines()[-1], {p: why for p, why in rows[-1]["left_out"].items() if ":" in why} or "", flush=True)
+    return rows
+
+
+def rise_bytes(peer, kind, n, layers, batch):
+    "Rise of the peak resident size of two steps, in a fresh process that has run one of two samples; None if it takes over a minute"
+    command = [sys.executable, __file__, "--step", json.dumps([peer, kind, n, layers, batch])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+    except subprocess.TimeoutExpired:
+        return None
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one_step(peer, kind, n, layers, batch):
+    "In a process of its own: prints the rise of the peak"
+    step = PEERS[peer](kind, n, layers)
+    step(*next(draws(kind, n, layers, 2)))
+    before = peak_bytes()
+    for _ in range(2):
+        step(*next(draws(kind, n, layers, batch)))
+    print(peak_bytes() - before)
+
+
+def over_qubits(options, measure):
+    "{peer: {n: measure(peer, n)}}, until a peer gives up"
+    found = {}
+    for peer in PEERS:
+        if missing(peer) or peer == "loop":
+            continue
+        found[peer] = {}
+        for n in (4, 8, 12) if options.quick else (4, 6, 8, 10, 12, 14, 16, 18, 20):
+            value = measure(peer, n)
+            if value is None:
+                break
+            found[peer][n] = value
+        print(TITLES[peer], found[peer], flush=True)
+    return found
+
+
+def memory_part(options):
+    return over_qubits(options, lambda peer, n: rise_bytes(peer, "reports", n, 2, 256))
+
+
+def largest_part(options):
+    "Distinct inputs, L = 4, B = 256: no shallow-circuit trick applies"
+    from gausssafe.guard import run_guarded
+
+    found = {}
+    for peer in PEERS:
+        if missing(peer) or peer in ("loop", "device"):
+            continue
+        for n in range(8, 21, 2):
+            command = [sys.executable, __file__, "--step", json.dumps([peer, "distinct", n, 4, 256])]
+            status = run_guarded(command, memory_limit="1GB", timeout_s=120)
+            done = status["reason"] == "exited" and status["exit_code"] == 0
+            why = f"{status['reason']} at n = {n}" + ("" if status["reason"] != "exited" else f", exit {status['exit_code']}")
+            found[peer] = {"n": n if done else n - 2, "stopped_by": None if done else why}
+            if not done:
+                break
+        print(TITLES[peer], found[peer], flush=True)
+    return found
+
+
+def training_part(options):
+    "Medians, in turn: rounds of the GAN, draws of shadow noise"
+    from gausssafe import wgan
+    from gausssafe.noise import QuantumShadowNoise
+
+    rounds = {}
+    for noise in ("quantum", "normal", "shadow"):
+        training = wgan._Training(wgan.WGANConfig(noise=noise, z_dim=6, seed=1))
+        rounds[noise] = lambda _, training=training: training.round()
+    shadow = QuantumShadowNoise(6, 2, 3, 100)
+    rounds["shadow noise alone"] = lambda _: shadow(256).sum().backward()
+    times = {name: [] for name in rounds}
+    for _ in range(20 if options.quick else 100):
+        for name, step in rounds.items():
+            start = time.perf_counter()
+            step(None)
+            times[name].append(time.perf_counter() - start)
+    ms = {name: 1e3 * float(np.median(found)) for name, found in times.items()}
+    ms["PennyLane shadows alone, forward, one of 256 samples"] = pennylane_shadow_ms()
+    ratios = [b / a for a, b in zip(times["normal"], times["quantum"], strict=True)]
+    print({name: round(v, 3) for name, v in ms.items()}, f"quantum / classical round: {np.median(ratios):.3f}", flush=True)
+    return {"ms": ms, "quantum_over_classical": float(np.median(ratios))}
+
+
+def pennylane_shadow_ms():
+    @qml.set_shots(100)
+    @qml.qnode(qml.device("default.qubit", wires=6), diff_method=None)
+    def circuit(x, w):
+        reports(x, w, PennyLaneGates(torch))
+        return qml.shadow_expval([qml.X(0) @ qml.Y(1), qml.Z(2), qml.Z(3) @ qml.X(4)])
+
+    inputs, times = draws("reports", 6, 2, 1), []
+    for _ in range(10):
+        x, w = next(inputs)
+        start = time.perf_counter()
+        circuit(torch.from_numpy(x[0]), torch.from_numpy(w))
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times))
 
 
 def machine():
     return {
         "platform": platform.platform(),
-        "processor": platform.processor(),
+        "processor": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
@@ -294,61 +464,53 @@ def machine():
     }
 
 
-def table(rows):
-    lines = [
-        "| case | engine | " + " | ".join(f"{p}, ms" for p in PEERS) + " | best peer / ours | value error | gradient error |",
-        "|" + "---|" * (len(PEERS) + 5),
-    ]
-    for r in rows:
-        peers = [t for p, t in r["ms"].items() if p != "ours"]
-        ratio = f"{min(peers) / r['ms']['ours']:.1f}x" if peers else "-"
-        error = r["errors"].get("ours", {})
-        cells = [f"{r['ms'][p]:.3f}" if p in r["ms"] else "-" for p in PEERS]
-        lines.append(
-            f"| {r['case']} | {r['engine']} | "
-            + " | ".join(cells)
-            + f" | {ratio} | {error.get('value', float('nan')):.1e} | {error.get('gradient', float('nan')):.1e} |"
-        )
-    return "\n".join(lines)
-
-
-def figure(rows, path):
+def figure(results, path):
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(PEERS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
-    fig, ax = plt.subplots(figsize=(9, 4.5))
-    for peer, colour in colours.items():
-        at = [i for i, r in enumerate(rows) if peer in r["ms"]]
-        ax.semilogy(at, [rows[i]["ms"][peer] for i in at], "o" if peer == "ours" else "s", color=colour, label=peer)
-    ax.set_xticks(range(len(rows)), [r["case"] for r in rows], rotation=35, ha="right")
-    ax.set(ylabel="ms a step, forward and backward", title="One thread, medians")
-    ax.legend()
-    fig.tight_layout()
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    rows = [r for r in results.get("steps", []) if r["group"] == "distinct inputs"]
+    for peer, colour in COLOURS.items():
+        at = [(int(r["case"].split()[0][2:]), r["ms"][peer] / int(r["case"].split("B=")[1]) * 256) for r in rows if peer in r["ms"]]
+        if at:
+            axes[0].semilogy(*zip(*at, strict=True), "o-" if peer == "ours" else "s--", color=colour, label=TITLES[peer])
+        curve = results.get("memory", {}).get(peer)
+        if curve:
+            axes[1].semilogy([int(n) for n in curve], [max(b, 4096) / 1e6 for b in curve.values()], "o-" if peer == "ours" else "s--", color=colour)
+    axes[0].set(xlabel="qubits", ylabel="ms a step of 256", title="Distinct inputs, four layers")
+    axes[1].set(xlabel="qubits", ylabel="MB above a step of two samples", title="The reports' circuit, two layers, batch 256")
+    axes[0].legend()
+    fig.suptitle("Forward and backward, one core")
     fig.savefig(path, dpi=120)
+
+
+PARTS = {"steps": steps_part, "memory": memory_part, "largest": largest_part, "training": training_part}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and fewer qubits")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--memory")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     torch.set_num_threads(1)
-    if options.memory:
-        measure_memory(*json.loads(options.memory))
+    if options.step:
+        one_step(*json.loads(options.step))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for case in CASES:
-        rows.append(run_case(case, options.quick))
-        print(table(rows[-1:]).splitlines()[-1], rows[-1]["left_out"], flush=True)
-        (options.out / "circuits.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    (options.out / "circuits.md").write_text(table(rows) + "\n")
-    figure(rows, options.out / "circuits.png")
-    print("\n" + table(rows))
+    saved = options.out / "circuits.json"
+    results = json.loads(saved.read_text()) if saved.exists() else {}
+    for name in options.only.split(","):
+        results |= {"machine": machine(), name: PARTS[name](options)}
+        saved.write_text(json.dumps(results, indent=1))
+    if "steps" in results:
+        (options.out / "circuits.md").write_text(table(results["steps"]) + "\n")
+        print("\n" + table(results["steps"]))
+    figure(results, options.out / "circuits.png")
 
 
 if __name__ == "__main__":

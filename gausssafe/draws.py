@@ -171,7 +171,7 @@ class StateDraw(Draw):
     def describe(self): return f"bits and recipes of {len(self.wires)} wires, from states of {len(self.place)} amplitudes"
 
 # %% ../nbs/19_draws.ipynb #3a700126
-_MOST_IN_GROUP, _MOST_IN_SHADOW = 6, 5  # Independent words of a law: at most 2^6 and 3^5 categories
+_MOST_IN_GROUP, _MOST_IN_SHADOW = 6, 6  # Independent words of a law: at most 2^6 and 3^6 categories
 
 
 def _expands(circuit, words): return expand(rotations_of(_measuring_words(circuit, words)), circuit.per_slot_sample) is not None

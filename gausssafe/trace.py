@@ -580,6 +580,6 @@ def _shots_of(qnode):
 
 
 def _inner(qnode):
-    if len(qnode.transform_program):
-        raise InvalidInput(f"the QNode carries transforms ({qnode.transform_program}), which would be lost: compile the plain QNode.")
+    transforms = qnode.compile_pipeline if hasattr(qnode, "compile_pipeline") else qnode.transform_program  # PennyLane 0.45 renamed it
+    if len(transforms): raise InvalidInput(f"the QNode carries transforms ({transforms}), which would be lost: compile the plain QNode.")
     return qnode.func
