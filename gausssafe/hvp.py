@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from .budget import MemoryBudget, fit_memory_model
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from .memory import count_tensor_bytes
+from .twice import TwiceDifferentiable
 from .units import format_bytes
 
 # %% ../nbs/30_hvp.ipynb #d0b2e3f0
@@ -454,7 +454,7 @@ def _touched(loss, names):
 @contextmanager
 def _differentiable():
     "Kernels that have second derivatives, and an error that says what has none"
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with TwiceDifferentiable(), torch.enable_grad():
         try: yield
         except (RuntimeError, NotImplementedError) as error:
             if not any(sign in str(error) for sign in _NO_SECOND): raise
@@ -595,9 +595,10 @@ class _Operator:
         floor_bytes, base_bytes = self._base_bytes(n_vectors)
         self._require_floor(n_vectors, base_bytes)
         n, left_bytes = _n_samples(x), self.limit_bytes - base_bytes
+        row = torch.zeros(1, self.shape[0], dtype=self.dtype, device=self.device)
         for engine in self._engines:
             k = n_vectors if engine == "segments" else min(n_vectors, 2)
-            buffer = torch.zeros(1, self.shape[0], dtype=self.dtype, device=self.device).expand(k, -1)
+            buffer = row.expand(k, -1)
             with _differentiable():
                 if engine == "segments" and not self._has_chain(x, left_bytes): break
                 step = self._step(engine, x, y, buffer.data, buffer)  # One buffer for both: the product of zero is zero
