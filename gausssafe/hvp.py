@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from .budget import MemoryBudget, fit_memory_model
-from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
+from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite, RunFailed
 from .memory import count_tensor_bytes
 from .twice import TwiceDifferentiable
 from .units import format_bytes
@@ -105,7 +107,7 @@ def _reverse_hessian(objective, stand_ins, leaves, x, y, rows, out):
         _accumulate([total], None, leaves, _views(out[0], leaves), False)
         return value
     for j, (row, total) in enumerate(zip(rows, out, strict=True)):
-        views = _views(row, leaves)
+        views = _views(row.contiguous(), leaves)
         _accumulate(grads, [views[i] for i in curved], leaves, _views(total, leaves), j < len(rows) - 1)
     return value
 
@@ -116,7 +118,7 @@ def _reverse_outer(zs, curve, leaves, rows, out):
     pulled = torch.autograd.grad(zs, leaves, us, create_graph=True, allow_unused=True)
     used = [i for i, g in enumerate(pulled) if g is not None]
     for j, (row, total) in enumerate(zip(rows, out, strict=True)):
-        views = _views(row, leaves)
+        views = _views(row.contiguous(), leaves)
         pushed = torch.autograd.grad([pulled[i] for i in used], us, [views[i] for i in used], retain_graph=True)
         _accumulate(zs, curve(pushed), leaves, _views(total, leaves), j < len(rows) - 1)
 
@@ -225,7 +227,7 @@ class _Segment:
         h = h.detach().requires_grad_()
         return h, [h, *chosen]
 
-    def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i] for i in self.indices]
+    def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i].contiguous() for i in self.indices]
 
 
 def _segments(objective, stand_ins, chosen, x, y, calls):
@@ -439,22 +441,27 @@ def _check_loss(objective, chosen, x, y):
                            "over equally many terms a sample, and no layer that mixes samples")
 
 
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
 def _touched(loss, names):
-    "Names of the leaves that a graph ends in"
+    "Names of the leaves that a graph ends in, once known to have no step that can be differentiated only once"
     nodes, seen, found = [loss.grad_fn], set(), set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen: continue
         seen.add(node)
         if hasattr(node, "variable"): found.add(names.get(id(node.variable)))
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE: raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable.")  # Or torch drops its part in silence
         nodes += [following for following, _ in node.next_functions]
     return found
 
 # %% ../nbs/30_hvp.ipynb #63614cd7
 @contextmanager
-def _differentiable():
+def _differentiable(shared=True):
     "Kernels that have second derivatives, and an error that says what has none"
-    with TwiceDifferentiable(), torch.enable_grad():
+    with TwiceDifferentiable() if shared else sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         try: yield
         except (RuntimeError, NotImplementedError) as error:
             if not any(sign in str(error) for sign in _NO_SECOND): raise
@@ -513,7 +520,9 @@ class _Operator:
         self._params = [chosen[name] for name in self.names]
         self.dtype = dtype or _common((p.dtype for p in self._params), "dtype", "name the one to compute in, dtype=torch.float32")
         self.device = _common((p.device for p in chosen.values()), "device", "move the model to one")
-        self._plans, self._peaks, self._plan, self._blocks, self._before = {}, {}, None, None, None
+        self._plans, self._peaks, self._plan, self._blocks, self._before, self._shared = {}, {}, None, None, None, True
+        if distributed and not (dist.is_available() and dist.is_initialized()):
+            raise InvalidInput("distributed=True needs a process group: call torch.distributed.init_process_group first, in each process that torchrun starts")
         _check_mode(self.model)
         with _differentiable(): _check_loss(self._objective, self.names, *self._first())
 
@@ -548,7 +557,7 @@ class _Operator:
     ) -> Plan:  # Engine, chunk, bytes and seconds to expect
         "Predict a product from two probes on the first batch"
         if type(n_vectors) is not int or n_vectors < 1: raise InvalidInput(f"n_vectors is a count, at least 1, not {n_vectors!r}")
-        return self._planned(n_vectors, *self._first())
+        return self._planned(n_vectors, *self._first(), n_vectors > 1)
 
     @contextmanager
     def reserve(
@@ -584,22 +593,31 @@ class _Operator:
         def step(start, stop): return run(stand_ins, leaves, *_take((x, y), start, stop, self.device, self._objective.dtype), rows, out)
         return step
 
-    def _planned(self, n_vectors, x, y):
+    def _planned(self, n_vectors, x, y, strided):
         shape = tuple((t.ndim, *t.shape[1:]) for t in tree_leaves((x, y)) if isinstance(t, torch.Tensor))
-        for (k, known), plan in self._plans.items():
-            if k == n_vectors and _covers(known, shape): return replace(plan, chunk=min(plan.chunk, _n_samples(x)))
-        self._plans[n_vectors, shape] = plan = self._make_plan(n_vectors, x, y)
+        for (*key, known), plan in self._plans.items():
+            if key == [n_vectors, strided] and _covers(known, shape): return replace(plan, chunk=min(plan.chunk, _n_samples(x)))
+        self._plans[n_vectors, strided, shape] = plan = self._make_plan(n_vectors, x, y, strided)
         return plan
 
-    def _make_plan(self, n_vectors, x, y):
+    def _make_plan(self, n_vectors, x, y, strided):
+        "Probe one engine after the other; `strided` if each column of v will be copied in its turn"
+        try: return self._try_engines(n_vectors, x, y, strided)
+        except InvalidInput:
+            if not self._shared: raise
+            self._shared = False  # A model that differentiates inside needs a third derivative, which torch's own kernels have
+            return self._try_engines(n_vectors, x, y, strided)
+
+    def _try_engines(self, n_vectors, x, y, strided):
         floor_bytes, base_bytes = self._base_bytes(n_vectors)
+        base_bytes += strided * self.shape[0] * self.dtype.itemsize
         self._require_floor(n_vectors, base_bytes)
         n, left_bytes = _n_samples(x), self.limit_bytes - base_bytes
         row = torch.zeros(1, self.shape[0], dtype=self.dtype, device=self.device)
         for engine in self._engines:
             k = n_vectors if engine == "segments" else min(n_vectors, 2)
             buffer = row.expand(k, -1)
-            with _differentiable():
+            with _differentiable(self._shared):
                 if engine == "segments" and not self._has_chain(x, left_bytes): break
                 step = self._step(engine, x, y, buffer.data, buffer)  # One buffer for both: the product of zero is zero
                 model = _probe(lambda n, step=step: step(0, n), n, left_bytes - left_bytes // 50)
@@ -639,18 +657,35 @@ class _Operator:
 
     def _product(self, rows):
         "Sum over chunks, in place, then the mean"
-        started, out = time.perf_counter(), None
-        n_seen, loss, plans, peak_bytes = 0, 0.0, [], 0
+        started = time.perf_counter()
         _finite(rows)
+        out, n_seen, loss, plans, peak_bytes = self._all_reduced(rows) if self.distributed else self._sum(rows)
+        self._plan = replace(max(plans, key=lambda plan: plan.predicted_bytes), peak_bytes=peak_bytes, seconds=time.perf_counter() - started)
+        return out.div_(n_seen)
+
+    def _sum(self, rows):
+        "(n H V, samples, their summed loss, plans, peak bytes) of this process' data"
+        out, n_seen, loss, plans, peak_bytes = None, 0, 0.0, [], 0
         with tqdm(total=_count(self.data), desc=f"{len(rows)} products", unit=" samples", delay=2, leave=False) as bar:
             for x, y in self._batches():
-                plans.append(self._planned(len(rows), x, y))
+                plans.append(self._planned(len(rows), x, y, not rows[0].is_contiguous()))
                 if out is None: out = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
                 value, peak = self._batch(plans[-1], x, y, rows, out, bar)
                 n_seen, loss, peak_bytes = n_seen + _n_samples(x), loss + value, max(peak_bytes, peak)
         self._compare(n_seen, loss / n_seen)
-        self._plan = replace(max(plans, key=lambda plan: plan.predicted_bytes), peak_bytes=peak_bytes, seconds=time.perf_counter() - started)
-        return out.div_(n_seen)
+        return out, n_seen, loss, plans, peak_bytes
+
+    def _all_reduced(self, rows):
+        "Sums over all processes: one all-reduce of Hv, after one that tells how many failed"
+        error = None
+        try: out, n_seen, loss, *rest = self._sum(rows)
+        except Exception as raised: error, n_seen, loss = raised, 0, 0.0
+        numbers = torch.tensor([n_seen, loss, error is not None], dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        dist.all_reduce(numbers)
+        if error: raise error
+        if numbers[2]: raise RunFailed(f"the product failed on {int(numbers[2])} of {dist.get_world_size()} processes; their own errors say why")
+        dist.all_reduce(out)
+        return out, numbers[0].item(), numbers[1].item(), *rest
 
     def _batch(self, plan, x, y, rows, out, bar):
         "(summed loss, peak bytes) of one batch; bytes are counted where a chunk has a new shape"
@@ -659,7 +694,7 @@ class _Operator:
         for start in range(0, n := _n_samples(x), plan.chunk):
             stop = min(start + plan.chunk, n)
             key = plan.engine, len(rows), stop - start, shapes
-            with _differentiable():
+            with _differentiable(self._shared):
                 if key in self._peaks: value = step(start, stop)
                 else: value, self._peaks[key] = _counted(lambda: step(start, stop))  # noqa: B023
             loss, peak_bytes = loss + value, max(peak_bytes, self._base_bytes(len(rows))[1] + self._peaks[key])

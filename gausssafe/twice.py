@@ -16,19 +16,21 @@ from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/29_twice.ipynb #3e9f6b2a
 def _gelu(x):
-    cdf, pdf = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5), torch.exp(-0.5 * x * x).mul_(1 / math.sqrt(2 * math.pi))
-    return x * cdf, torch.addcmul(cdf, x, pdf), pdf
+    cdf, pdf = (x * math.sqrt(0.5)).erf_().add_(1).mul_(0.5), x.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+    slope = torch.addcmul(cdf, x, pdf)
+    return cdf.mul_(x), slope, pdf
 
 
-def _gelu_bend(x, pdf): return (2 - x * x).mul_(pdf)
+def _gelu_bend(x, pdf): return x.square().neg_().add_(2).mul_(pdf)
 
 
 def _silu(x):
     s = torch.sigmoid(x)
-    return x * s, torch.addcmul(s, x * s, 1 - s), s
+    y = x * s
+    return y, torch.addcmul(s, y, 1 - s), s
 
 
-def _silu_bend(x, s): return (2 + x * (1 - 2 * s)).mul_(s * (1 - s))
+def _silu_bend(x, s): return (1 - 2 * s).mul_(x).add_(2).mul_(s).mul_(1 - s)
 
 
 def _gelu_tanh(x):
@@ -45,6 +47,11 @@ def _gelu_tanh_bend(x, t):
 _CURVES = {"gelu": (_gelu, _gelu_bend), "gelu_tanh": (_gelu_tanh, _gelu_tanh_bend), "silu": (_silu, _silu_bend)}
 
 # %% ../nbs/29_twice.ipynb #7fcd8a10
+def _last(*cotangents):
+    "Refuse to be differentiated a third time"
+    if torch.is_grad_enabled() and any(v.requires_grad for v in cotangents): raise RuntimeError("a third derivative is not implemented: leave TwiceDifferentiable out")
+
+
 class _Curve(Function):
     @staticmethod
     def forward(ctx, x, name):
@@ -66,8 +73,8 @@ class _Slope(Function):
         return dy * slope
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, v):
+        _last(v)
         slope, bend = ctx.saved_tensors
         return v * slope, v * bend, None, None, None
 
@@ -102,8 +109,8 @@ class _NormSlope(Function):
         return dx, (dy * x_hat).sum(rows), dy.sum(rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, vx, vw, vb):
+        _last(vx, vw, vb)
         dy, x_hat, rstd, weight = ctx.saved_tensors
         g, to_g = dy * weight, _project(vx, x_hat).mul_(rstd)
         to_weight = (dy * to_g).sum(tuple(range(dy.ndim - 1)))
@@ -115,6 +122,7 @@ class _NormSlope(Function):
 
 # %% ../nbs/29_twice.ipynb #8c971f66
 def _centre(a, p): return a.sub_((a * p).sum(-1, keepdim=True))
+def _bend(do, v, o): return (do @ v.mT).sub_((do * o).sum(-1, keepdim=True))  # D: P weighs dP by rows as it weighs v
 
 
 class _Attention(Function):
@@ -124,38 +132,38 @@ class _Attention(Function):
         if mask is not None: scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
         p = torch.softmax(scores, -1)
         del scores
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return p @ v
+        ctx.scale, o = scale, p @ v
+        ctx.save_for_backward(q, k, v, p, o)
+        return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, p = ctx.saved_tensors
-        if torch.is_grad_enabled(): return *_AttentionSlope.apply(do, q, k, v, p, ctx.scale), None, None
-        ds = _centre(do @ v.mT, p).mul_(p).mul_(ctx.scale)
+        q, k, v, p, o = ctx.saved_tensors
+        if torch.is_grad_enabled(): return *_AttentionSlope.apply(do, q, k, v, p, o, ctx.scale), None, None
+        ds = _bend(do, v, o).mul_(p).mul_(ctx.scale)
         return ds @ k, ds.mT @ q, p.mT @ do, None, None
 
 
 class _AttentionSlope(Function):
     @staticmethod
-    def forward(ctx, do, q, k, v, p, scale):
-        d = _centre(do @ v.mT, p)
+    def forward(ctx, do, q, k, v, p, o, scale):
+        d = _bend(do, v, o)
         ctx.save_for_backward(do, q, k, v, p, d)
         ctx.scale = scale
         ds = (p * d).mul_(scale)
         return ds @ k, ds.mT @ q, p.mT @ do
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, aq, ak, av):
+        _last(aq, ak, av)
         do, q, k, v, p, d = ctx.saved_tensors
-        a = _centre(torch.cat([aq, q], -1) @ torch.cat([k, ak], -1).mT * ctx.scale, p)
+        a = _centre((torch.cat([aq, q], -1) @ torch.cat([k, ak], -1).mT).mul_(ctx.scale), p)
         c = (a * d).add_(do @ av.mT)
         b = a.mul_(p)
         to_do, to_v = (p @ av).add_(b @ v), b.mT @ do
         del a, b
         e, ds = _centre(c, p).mul_(p).mul_(ctx.scale), (p * d).mul_(ctx.scale)
-        return to_do, (ds @ ak).add_(e @ k), (ds.mT @ aq).add_(e.mT @ q), to_v, None, None
+        return to_do, (ds @ ak).add_(e @ k), (ds.mT @ aq).add_(e.mT @ q), to_v, None, None, None
 
 # %% ../nbs/29_twice.ipynb #f1468aed
 class TwiceDifferentiable(TorchFunctionMode):
