@@ -497,8 +497,8 @@ def _finite(v):
     if not all(extreme.isfinite() for extreme in v.aminmax()): raise NotFinite(what="v", n_bad=v.numel() - int(v.isfinite().sum()), n_total=v.numel())
 
 # %% ../nbs/30_hvp.ipynb #e9a947bb
-class _Operator:
-    "What all curvature operators share: checks, plans, products"
+class _Setup:
+    "What all curvature operators are made from, checked"
     _engines = ()
 
     def __init__(
@@ -545,6 +545,10 @@ class _Operator:
         if iter(self.data) is self.data: raise InvalidInput("data can be read only once, and every product reads it: give a list of batches or a DataLoader")
         for batch in self._batches(): return batch
         raise InvalidInput("data has no batches: is the dataset empty, or shorter than one batch with drop_last=True?")
+
+# %% ../nbs/30_hvp.ipynb #6d8526e2
+class _Planner(_Setup):
+    "Probe, predict, choose"
 
     @property
     def plan(self) -> Plan:
@@ -627,9 +631,10 @@ class _Operator:
             seconds = (time.perf_counter() - started) / min(2, chunk) * _work(engine, n_vectors) / _work(engine, k)
             n_all = _count(self.data)
             return Plan(engine, chunk, n_vectors, floor_bytes, base_bytes + model.predict(chunk), self.limit_bytes, n_all and seconds * n_all)
-        raise MemoryBudgetExceeded(what=f"a product with {n_vectors} vectors of {self.shape[0]:,} values on one sample at a time", needed_bytes=self.limit_bytes + 1,
-                                   left_bytes=self.limit_bytes, limit_bytes=self.limit_bytes,
-                                   advice=f"v and Hv are {format_bytes(floor_bytes)} of it. Use a larger memory_limit, fewer vectors, block=..., or shorter samples.")
+        raise MemoryBudgetExceeded(
+            f"a product with {n_vectors} vectors of {self.shape[0]:,} values needs more than the limit of {format_bytes(self.limit_bytes)} for one sample at a time; "
+            f"v and Hv are {format_bytes(floor_bytes)} of it. Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
+            needed_bytes=base_bytes, left_bytes=left_bytes, limit_bytes=self.limit_bytes)
 
     def _has_chain(self, x, left_bytes):
         "Whether the model is a chain of blocks, found out on one sample"
@@ -637,6 +642,10 @@ class _Operator:
             try: self._blocks = _capped(lambda: _find_chain(self._objective, _take(x, 0, 1, self.device, self._objective.dtype)), left_bytes)[0]
             except _OverLimit: return False
         return bool(self._blocks)
+
+# %% ../nbs/30_hvp.ipynb #508005ec
+class _Operator(_Planner):
+    "Multiply"
 
     def __matmul__(self, v):
         "Curvature times v: a vector (d,), columns (d, k), or a dict by parameter name"
