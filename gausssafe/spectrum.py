@@ -69,6 +69,12 @@ class _Matrix:
         if kind == "normal": return torch.randn(self.d, generator=generator, dtype=self.dtype).to(self.device)
         return torch.randint(2, (self.d,), generator=generator, dtype=torch.int8).to(self.device, self.dtype).mul_(2).sub_(1)
 
+    def probes(self, seed, indices, kind="normal"):
+        "Some of them as columns, each contiguous in memory"
+        rows = torch.empty(len(indices), self.d, dtype=self.dtype, device=self.device)
+        for row, i in zip(rows, indices, strict=True): row.copy_(self.probe(seed, i, kind))
+        return rows.T
+
 # %% ../nbs/31_spectrum.ipynb #af520a7e
 def _orthogonalize(basis, w):
     "Take the rows of `basis` out of w, twice, in place; returns the coefficients"
@@ -80,10 +86,10 @@ def _orthogonalize(basis, w):
     return coefficients
 
 
-def _rotate(basis, rotation, n_columns=2**16):
-    "Replace the first rows of `basis` by combinations of all, a few columns at a time; rotation has shape (rows, kept)"
+def _rotate(basis, rotation):
+    "Replace the first rows of `basis` by combinations of all, a few columns at a time: no more than a row's memory; rotation has shape (rows, kept)"
     rotation = rotation.to(basis)
-    for part in basis.split(n_columns, dim=1): part[:rotation.shape[1]] = rotation.T @ part[:rotation.shape[0]]
+    for part in basis.split(max(1, basis.shape[1] // rotation.shape[1]), dim=1): part[:rotation.shape[1]] = rotation.T @ part[:rotation.shape[0]]
 
 # %% ../nbs/31_spectrum.ipynb #3f04f47f
 class _State:
@@ -254,7 +260,7 @@ def _range_basis(matrix, basis, seed, state, bar):
     R, done = saved.get("R", torch.zeros(len(basis), len(basis), dtype=torch.float64)), saved.get("n", 0)
     if done: basis[:done] = saved["basis"]
     for group in _groups(matrix, len(basis), done):
-        products = matrix.times(torch.stack([matrix.probe(seed, i) for i in group], 1))
+        products = matrix.times(matrix.probes(seed, group))
         for i, y in zip(group, products.unbind(1), strict=True):
             norm, y = float(y.norm()), y.clone()
             R[:i, i] = _orthogonalize(basis[:i], y)
@@ -264,6 +270,7 @@ def _range_basis(matrix, basis, seed, state, bar):
                 _orthogonalize(basis[:i], y)
                 left = float(y.norm())
             basis[i] = y.div_(left)
+        del products, y  # Or they are there beside the next product
         bar.update(len(group))
         state.save(lambda: {"R": R, "n": group[-1] + 1, "basis": basis[:group[-1] + 1].clone()})  # noqa: B023
     return R
@@ -277,6 +284,8 @@ def _projected(matrix, basis, bar, use=None):
         H[:, group.start:group.stop] = (basis @ products).double().cpu()
         if use:
             for i, product in zip(group, products.unbind(1), strict=True): use(i, product)
+            del product
+        del products
         bar.update(len(group))
     return (H + H.T) / 2
 
@@ -308,9 +317,10 @@ def trace(
 def _exact_trace(matrix):
     total = 0.0
     for group in _groups(matrix, matrix.d):
-        columns = torch.zeros(matrix.d, len(group), dtype=matrix.dtype, device=matrix.device)
+        columns = torch.zeros(len(group), matrix.d, dtype=matrix.dtype, device=matrix.device).T
         for j, i in enumerate(group): columns[i, j] = 1
         total += float(matrix.times(columns)[group.start:group.stop].diagonal().sum())
+        del columns
     return Estimate(total, 0.0, matrix.n_products, "exact")
 
 
@@ -319,7 +329,7 @@ def _xtrace(matrix, basis, R, H, seed):
     m, samples = len(basis), []
     for i in range(m):
         probe = matrix.probe(seed, i)
-        w, norm_sq = (basis @ probe).double().cpu(), float(probe.double() @ probe.double())
+        w, norm_sq = (basis @ probe).double().cpu(), float(probe.square().sum(dtype=torch.float64))
         U, sizes, _ = torch.linalg.svd(R[:, [j for j in range(m) if j != i]], full_matrices=False)
         U = U[:, sizes > 1e-12 * sizes.max()]
         u = U @ (U.T @ w)
@@ -332,12 +342,12 @@ def _remainder(matrix, basis, n, seed, bar):
     "Hutchinson's estimates of the trace outside the basis"
     samples = []
     for group in _groups(matrix, n):
-        probes = torch.stack([matrix.probe(seed + 2, i, "signs") for i in group], 1)
-        for probe in probes.unbind(1):
-            w = probe.clone()
-            _orthogonalize(basis, w)
-            probe.copy_(w)
-        samples += (probes.double() * matrix.times(probes).double()).sum(0).tolist()
+        probes = matrix.probes(seed + 2, group, "signs")
+        for column in probes.unbind(1): _orthogonalize(basis, column)
+        del column
+        products = matrix.times(probes)
+        samples += [float((probe * product).sum(dtype=torch.float64)) for probe, product in zip(probes.unbind(1), products.unbind(1), strict=True)]
+        del probes, products
         bar.update(len(group))
     return torch.tensor(samples, dtype=torch.float64)
 
@@ -364,14 +374,13 @@ def diagonal(
         H = _projected(matrix, basis, bar, lambda i, product: known.addcmul_(basis[i], product, value=2))
         for part, known_part in zip(basis.split(2**16, dim=1), known.split(2**16), strict=True): known_part.sub_((part * (H.to(part) @ part)).sum(0))
         for group in _groups(matrix, n_probes):
-            probes = torch.stack([matrix.probe(seed + 2, i, "signs") for i in group], 1)
-            projected = probes.clone()
-            for column in projected.unbind(1): _orthogonalize(basis, column)
-            products = matrix.times(projected)
-            for probe, product in zip(probes.unbind(1), products.unbind(1), strict=True):
+            probes = matrix.probes(seed + 2, group, "signs")
+            for probe in probes.unbind(1): _orthogonalize(basis, probe)
+            for i, product in zip(group, matrix.times(probes).unbind(1), strict=True):
                 _orthogonalize(basis, product)
-                total.add_(sample := probe * product)
-                squares.addcmul_(sample, sample)
+                total.add_(product.mul_(matrix.probe(seed + 2, i, "signs")))
+                squares.addcmul_(product, product)
+            del probes, probe, product
             bar.update(len(group))
     mean = total.div_(n_probes)
     spread = squares.div_(n_probes).addcmul_(mean, mean, value=-1).clamp_min_(0).div_(n_probes - 1).sqrt_()
@@ -381,9 +390,10 @@ def diagonal(
 def _exact_diagonal(matrix):
     value = torch.zeros(matrix.d, dtype=matrix.dtype, device=matrix.device)
     for group in _groups(matrix, matrix.d):
-        columns = torch.zeros(matrix.d, len(group), dtype=matrix.dtype, device=matrix.device)
+        columns = torch.zeros(len(group), matrix.d, dtype=matrix.dtype, device=matrix.device).T
         for j, i in enumerate(group): columns[i, j] = 1
         value[group.start:group.stop] = matrix.times(columns)[group.start:group.stop].diagonal()
+        del columns
     return Estimate(value, torch.zeros_like(value), matrix.n_products, "exact")
 
 # %% ../nbs/31_spectrum.ipynb #84772aa1
@@ -459,8 +469,8 @@ def _density_group(matrix, n):
 
 def _quadrature(matrix, probes, n_steps, seed, bar):
     "Nodes and weights of each probe, (2, n_steps): Lanczos by its three terms"
-    V = torch.stack([matrix.probe(seed, i) for i in probes], 1)
-    V /= V.norm(dim=0)
+    V = matrix.probes(seed, probes)
+    V.div_(V.norm(dim=0))
     before, betas, diagonals, off = torch.zeros_like(V), torch.zeros(len(probes), dtype=torch.float64), [], []
     for _ in range(n_steps):
         W = matrix.times(V)
