@@ -42,8 +42,10 @@ def make_case(name):
         tokens = torch.randint(65, (n, 129))
         return model, LMLoss(), tokens[:, :-1], tokens[:, 1:]
     if name == "cnn":
-        model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64),
-                              nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.SiLU(), nn.Flatten(), nn.Linear(4096, 10))
+        model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+                              nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.GroupNorm(8,
+                                  64), nn.SiLU(), nn.Flatten(), nn.Linear(4096, 10))
         return cases.randomize(model), nn.CrossEntropyLoss(), torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
     model = nn.Sequential(nn.Linear(64, 256), nn.LayerNorm(256), nn.GELU(), nn.Linear(256, 256), nn.LayerNorm(256), nn.GELU(), nn.Linear(256, 10))
     return cases.randomize(model), nn.CrossEntropyLoss(), torch.randn(1024, 64), torch.randint(10, (1024,))
@@ -153,7 +155,8 @@ def measure(case, k, rounds):
             print(f"skipped: {case}, {method}, k = {k}: {failed[0]}", file=sys.stderr)
             continue
         memory = {**in_fresh_process(case, method, k, limit, "bytes"), **in_fresh_process(case, method, k, limit, "process")}
-        yield {"case": case, "d": found[0]["d"], "k": k, "method": method, "limit": limit, "gradients": statistics.median(run["gradients"] for run in found),
+        yield {"case": case, "d": found[0]["d"], "k": k, "method": method, "limit": limit,
+            "gradients": statistics.median(run["gradients"] for run in found),
                "seconds": statistics.median(run["seconds"] for run in found), "n_runs": len(found), "error": found[0]["error"], **memory}
 
 
@@ -168,7 +171,7 @@ def machine():
 
 def table(rows):
     "Markdown; ours with v, as its limit counts it, in a column of its own"
-    lines = ["| case | d | k | method | gradients a product | logical MB above v | process MB | of the limit, v included | predicted off by | error |",
+    lines = ["| case | d | k | method | gradients a product | logical MB above v | process MB | of its limit, with v | predicted off by | error |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         plan = row.get("plan")

@@ -46,7 +46,8 @@ def _take(batch, start, stop, device, dtype):
 
 def _pair(batch):
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise InvalidInput(f"each batch of data is a pair (x, y), not {type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else ""))
+        raise InvalidInput(f"each batch of data is a pair (x, y), not {type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch,
+            "__len__") else ""))
     x, y = batch
     return (dict(x) if isinstance(x, Mapping) else x), y
 
@@ -134,7 +135,8 @@ def _reverse_ggn(objective, stand_ins, leaves, x, y, rows, out):
     slopes = torch.autograd.grad(loss, ends, create_graph=True, materialize_grads=True)
     bent = [i for i, slope in enumerate(slopes) if slope.requires_grad]
 
-    def curve(pushed): return torch.autograd.grad([slopes[i] for i in bent], ends, [pushed[i] for i in bent], retain_graph=True, materialize_grads=True)
+    def curve(pushed): return torch.autograd.grad([slopes[i] for i in bent], ends, [pushed[i] for i in bent], retain_graph=True,
+            materialize_grads=True)
     if bent: _reverse_outer(zs, curve, leaves, rows, out)
     return value
 
@@ -209,7 +211,8 @@ def _find_chain(objective, x):
     lists = [list(m) for m in objective.model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
     with _recorded(list({id(block): block for blocks in lists for block in blocks}.values())) as calls: objective.outputs(stand_ins, x)
     for blocks in lists:
-        while blocks and any(call.block is blocks[0] and not (isinstance(call.h, torch.Tensor) and call.h.requires_grad) for call in calls): blocks = blocks[1:]
+        while blocks and any(call.block is blocks[0] and not (isinstance(call.h, torch.Tensor) and call.h.requires_grad)
+                for call in calls): blocks = blocks[1:]
         if len(blocks) > len(found) and _is_chain([call for call in calls if call.block in blocks], blocks): found = blocks
     return found
 
@@ -382,7 +385,8 @@ def _probe(step, n_samples, limit_bytes):
 def _bare(model):
     "The module inside wrappers that only add gradient synchronisation or compilation"
     if not isinstance(model, nn.Module): raise InvalidInput(f"model is a torch.nn.Module, not {type(model).__name__}")
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"): model = getattr(model, "_orig_mod", None) or model.module
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"): model = getattr(model,
+            "_orig_mod", None) or model.module
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise InvalidInput("the parameters are sharded (FSDP2 DTensors), and torch cannot differentiate these twice: give each process a whole copy "
                            "of the model and its share of the data, with distributed=True; block=... bounds the memory of a large one")
@@ -395,7 +399,8 @@ def _chosen_names(objective, params, block):
     strange = [p for p in params if not isinstance(p, nn.Parameter) or id(p) not in objective.name_of]
     if strange or not params: raise InvalidInput(f"params are parameters of the model, and {len(strange)} of the {len(params)} given are not")
     names = [objective.name_of[id(p)] for p in params]
-    if len(set(names)) < len(names): raise InvalidInput("params holds the same parameter twice: list(model.parameters()) has each once, tied ones too")
+    if len(set(names)) < len(names):
+        raise InvalidInput("params holds the same parameter twice: list(model.parameters()) has each once, tied ones too")
     return names if block is None else _block_names(names, [block] if isinstance(block, str) else list(block))
 
 
@@ -407,7 +412,8 @@ def _block_names(names, prefixes):
 
 
 def _common(values, what, cure):
-    if len(values := set(values)) > 1: raise InvalidInput(f"the parameters have {len(values)} {what}s ({', '.join(sorted(map(str, values)))}): {cure}")
+    if len(values := set(values)) > 1:
+        raise InvalidInput(f"the parameters have {len(values)} {what}s ({', '.join(sorted(map(str, values)))}): {cure}")
     return values.pop()
 
 # %% ../nbs/30_hvp.ipynb #6629357a
@@ -428,17 +434,20 @@ def _check_loss(objective, chosen, x, y):
     n = min(2, _n_samples(x))
     loss = loss_of(0, n)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
-        raise InvalidInput(f"loss_fn must return one number, the mean over samples, not {tuple(loss.shape) if isinstance(loss, torch.Tensor) else loss!r}")
+        found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else repr(loss)
+        raise InvalidInput(f"loss_fn must return one number, the mean over samples, not {found}")
     value = _value(loss, f"the loss of the first {n} samples")
     untouched = sorted(set(chosen) - _touched(loss, dict(zip(map(id, leaves), chosen, strict=True))))
     del loss
-    if untouched: raise InvalidInput(f"the loss does not depend on {', '.join(untouched[:5])}{' ...' * (len(untouched) > 5)}: leave them out of params")
+    if untouched:
+        raise InvalidInput(f"the loss does not depend on {', '.join(untouched[:5])}{' ...' * (len(untouched) > 5)}: leave them out of params")
     with torch.no_grad(): again, alone = loss_of(0, n).item(), sum(loss_of(i, i + 1).item() for i in range(n)) / n
     if abs(again - value) > 1e-6 * abs(value):
-        raise InvalidInput(f"the model is not deterministic: two losses of the same {n} samples are {value:.7g} and {again:.7g}. Call model.eval(), or seed what draws")
+        raise InvalidInput(f"the model is not deterministic: two losses of the same {n} samples are {value:.7g} and {again:.7g}. "
+                           "Call model.eval(), or seed what draws")
     if abs(alone - value) > 1e-3 * abs(value) + 1e-6:
-        raise InvalidInput(f"the loss is not a mean over samples: {value:.6g} for two of them together, {alone:.6g} on average alone. Use reduction='mean' "
-                           "over equally many terms a sample, and no layer that mixes samples")
+        raise InvalidInput(f"the loss is not a mean over samples: {value:.6g} for two of them together, {alone:.6g} on average alone. "
+                           "Use reduction='mean' over equally many terms a sample, and no layer that mixes samples")
 
 
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
@@ -453,7 +462,8 @@ def _touched(loss, names):
         seen.add(node)
         if hasattr(node, "variable"): found.add(names.get(id(node.variable)))
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE: raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable.")  # Or torch drops its part in silence
+        if getattr(backward, "__code__", None) is _ONCE:  # torch would leave its part out in silence
+            raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable.")
         nodes += [following for following, _ in node.next_functions]
     return found
 
@@ -469,7 +479,8 @@ def _differentiable(shared=True):
                                "operations: F.scaled_dot_product_attention for attention, the plain module where it was compiled or fused") from error
 
 
-_NO_SECOND = ("is not implemented", "once_differentiable", "does not currently support double backward", "differentiate twice", "not differentiable twice")
+_NO_SECOND = ("is not implemented", "once_differentiable", "does not currently support double backward", "differentiate twice",
+    "not differentiable twice")
 
 # %% ../nbs/30_hvp.ipynb #c5183862
 def _count(data):
@@ -490,7 +501,8 @@ def _counted(step):
 
 def _covers(known, shape):
     "Whether samples of one shape take no more than those of another"
-    return len(known) == len(shape) and all(a[0] == b[0] and all(m >= n for m, n in zip(a[1:], b[1:], strict=True)) for a, b in zip(known, shape, strict=True))
+    return len(known) == len(shape) and all(a[0] == b[0] and all(m >= n for m, n in zip(a[1:], b[1:], strict=True)) for a,
+        b in zip(known, shape, strict=True))
 
 
 def _finite(v):
@@ -522,7 +534,8 @@ class _Setup:
         self.device = _common((p.device for p in chosen.values()), "device", "move the model to one")
         self._plans, self._peaks, self._plan, self._blocks, self._before, self._shared = {}, {}, None, None, None, True
         if distributed and not (dist.is_available() and dist.is_initialized()):
-            raise InvalidInput("distributed=True needs a process group: call torch.distributed.init_process_group first, in each process that torchrun starts")
+            raise InvalidInput("distributed=True needs a process group: call torch.distributed.init_process_group first, "
+                               "in each process that torchrun starts")
         _check_mode(self.model)
         with _differentiable(): _check_loss(self._objective, self.names, *self._first())
 
@@ -542,7 +555,8 @@ class _Setup:
     def _batches(self): return map(_pair, self.data)
 
     def _first(self):
-        if iter(self.data) is self.data: raise InvalidInput("data can be read only once, and every product reads it: give a list of batches or a DataLoader")
+        if iter(self.data) is self.data:
+            raise InvalidInput("data can be read only once, and every product reads it: give a list of batches or a DataLoader")
         for batch in self._batches(): return batch
         raise InvalidInput("data has no batches: is the dataset empty, or shorter than one batch with drop_last=True?")
 
@@ -578,7 +592,8 @@ class _Planner(_Setup):
         "(v and Hv, those and copies of the model in another dtype)"
         floor_bytes = 2 * n_vectors * self.shape[0] * self.dtype.itemsize
         tensors = (*self.model.parameters(), *self.model.buffers())
-        return floor_bytes, floor_bytes + sum(t.numel() * self.dtype.itemsize for t in tensors if t.is_floating_point() and self._objective.dtype not in (None, t.dtype))
+        return floor_bytes, floor_bytes + sum(t.numel() * self.dtype.itemsize for t in tensors if t.is_floating_point()
+            and self._objective.dtype not in (None, t.dtype))
 
     def _require_floor(self, n_vectors, base_bytes):
         if base_bytes <= self.limit_bytes: return
@@ -588,7 +603,8 @@ class _Planner(_Setup):
         fitting = [name for name, n in sizes.items() if base_bytes * n / self.shape[0] < self.limit_bytes / 2]
         block = f", or a block of parameters, such as block={max(fitting, key=sizes.get)!r}" if fitting else ""
         raise MemoryBudgetExceeded(what=f"a product with {n_vectors} vectors of {self.shape[0]:,} values: v and Hv alone", needed_bytes=base_bytes,
-                                   left_bytes=self.limit_bytes, limit_bytes=self.limit_bytes, advice=f"Use a larger memory_limit, fewer vectors{block}.")
+                                   left_bytes=self.limit_bytes, limit_bytes=self.limit_bytes,
+                                   advice=f"Use a larger memory_limit, fewer vectors{block}.")
 
     def _step(self, engine, x, y, rows, out):
         "A function of a range of samples that adds their product to `out`"
@@ -632,8 +648,8 @@ class _Planner(_Setup):
             n_all = _count(self.data)
             return Plan(engine, chunk, n_vectors, floor_bytes, base_bytes + model.predict(chunk), self.limit_bytes, n_all and seconds * n_all)
         raise MemoryBudgetExceeded(
-            f"a product with {n_vectors} vectors of {self.shape[0]:,} values needs more than the limit of {format_bytes(self.limit_bytes)} for one sample at a time; "
-            f"v and Hv are {format_bytes(floor_bytes)} of it. Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
+            f"a product with {n_vectors} vectors of {self.shape[0]:,} values needs more than the limit of {format_bytes(self.limit_bytes)} "
+            f"for one sample at a time; v and Hv are {format_bytes(floor_bytes)} of it. Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
             needed_bytes=base_bytes, left_bytes=left_bytes, limit_bytes=self.limit_bytes)
 
     def _has_chain(self, x, left_bytes):
@@ -652,7 +668,8 @@ class _Operator(_Planner):
         if isinstance(v, Mapping): return self._by_name(v)
         if isinstance(v, np.ndarray): return (self @ torch.from_numpy(v)).cpu().numpy()
         if not isinstance(v, torch.Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
-            raise InvalidInput(f"v has shape ({self.shape[0]},) or ({self.shape[0]}, k), not {tuple(v.shape) if hasattr(v, 'shape') else type(v).__name__}")
+            found = tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
+            raise InvalidInput(f"v has shape ({self.shape[0]},) or ({self.shape[0]}, k), not {found}")
         if v.ndim == 2 and not v.shape[1]: raise InvalidInput("v has no columns")
         rows = v.detach().to(self.device, self.dtype).reshape(self.shape[0], -1).T
         out = self._product(rows)
@@ -689,7 +706,8 @@ class _Operator(_Planner):
         error = None
         try: out, n_seen, loss, *rest = self._sum(rows)
         except Exception as raised: error, n_seen, loss = raised, 0, 0.0
-        numbers = torch.tensor([n_seen, loss, error is not None], dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        numbers = torch.tensor([n_seen, loss, error is not None], dtype=torch.float64 if self.device.type != "mps" else torch.float32,
+            device=self.device)
         dist.all_reduce(numbers)
         if error: raise error
         if numbers[2]: raise RunFailed(f"the product failed on {int(numbers[2])} of {dist.get_world_size()} processes; their own errors say why")
@@ -715,14 +733,15 @@ class _Operator(_Planner):
         now = n_seen, loss, [p.detach().sum().item() for p in self.model.parameters()]
         before, self._before = self._before, now
         if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > 1e4 * torch.finfo(self.dtype).eps * abs(loss)):
-            raise InvalidInput(f"data changed between two products: {before[0]} samples of mean loss {before[1]:.7g}, then {n_seen} of {loss:.7g}. Augmentation, or "
-                               "shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches")
+            raise InvalidInput(f"data changed between two products: {before[0]} samples of mean loss {before[1]:.7g}, then {n_seen} of {loss:.7g}. "
+                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches")
 
     def to_scipy(self):  # scipy.sparse.linalg.LinearOperator
         "For scipy.sparse.linalg.eigsh, cg and the like"
         from scipy.sparse.linalg import LinearOperator
         def product(v): return self @ np.ascontiguousarray(v)
-        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=np.dtype(str(self.dtype).split(".")[1]))
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product,
+            dtype=np.dtype(str(self.dtype).split(".")[1]))
 
 # %% ../nbs/30_hvp.ipynb #8918a009
 class HessianOperator(_Operator):

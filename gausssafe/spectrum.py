@@ -51,7 +51,8 @@ class _Matrix:
 
     def reserve(self, n_vectors):
         "Hold memory for vectors of ours while products are made in the rest"
-        MemoryBudget(self.limit_bytes).require(n_vectors * self.vector_bytes, what=f"{n_vectors} vectors of {self.d:,} values", advice="Use a larger memory_limit.")
+        MemoryBudget(self.limit_bytes).require(n_vectors * self.vector_bytes, what=f"{n_vectors} vectors of {self.d:,} values",
+            advice="Use a larger memory_limit.")
         return self.A.reserve(self.A.limit_bytes - self.limit_bytes + n_vectors * self.vector_bytes) if self.plans else nullcontext()
 
     def room(self, n_wanted, n_least, what):
@@ -60,7 +61,8 @@ class _Matrix:
         n = min(n_wanted, max(0, free) // self.vector_bytes)
         if n >= n_least: return n
         needed = (2 * n_least if self.plans else n_least) * self.vector_bytes + 2 * self.vector_bytes
-        raise MemoryBudgetExceeded(what=f"{what}: {n_least} vectors of {self.d:,} values beside a product", needed_bytes=needed, left_bytes=self.limit_bytes,
+        raise MemoryBudgetExceeded(what=f"{what}: {n_least} vectors of {self.d:,} values beside a product", needed_bytes=needed,
+            left_bytes=self.limit_bytes,
                                    limit_bytes=self.limit_bytes, advice=f"Use memory_limit={needed} or more.")
 
     def probe(self, seed, i, kind="normal"):
@@ -103,7 +105,8 @@ class _State:
         "What was saved, or an empty dict"
         if not self.path or not self.path.exists(): return {}
         state = torch.load(self.path, weights_only=True)
-        if state["key"] != self.key: raise InvalidInput(f"{self.path} holds a computation of {state['key']}, not of {self.key}: name another file, or delete it")
+        if state["key"] != self.key:
+            raise InvalidInput(f"{self.path} holds a computation of {state['key']}, not of {self.key}: name another file, or delete it")
         return state["values"]
 
     def save(self, values, now=False):
@@ -310,7 +313,8 @@ def trace(
         R = _range_basis(matrix, basis, seed, state, bar)
         H = _projected(matrix, basis, bar)
         if n_basis == n_products // 2: samples, method = _xtrace(matrix, basis, R, H, seed), "xtrace"
-        else: samples, method = float(H.trace()) + _remainder(matrix, basis, n_products - 2 * n_basis, seed, bar), "hutch++" if n_basis else "hutchinson"
+        else: samples, method = float(H.trace()) + _remainder(matrix, basis, n_products - 2 * n_basis, seed,
+            bar), "hutch++" if n_basis else "hutchinson"
     return Estimate(float(samples.mean()), float(samples.std()) / math.sqrt(len(samples)), matrix.n_products, method)
 
 
@@ -422,7 +426,8 @@ class SpectralDensity:
     ) -> Estimate:  # Share of all eigenvalues, with its standard error over probes
         "How many of the eigenvalues lie between two bounds, low < eigenvalue <= high"
         shares = (self.weights * ((self.nodes > low) & (self.nodes <= high))).sum(1)
-        return Estimate(float(shares.mean()), float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else math.inf, self.n_products, "quadrature")
+        return Estimate(float(shares.mean()), float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else math.inf, self.n_products,
+            "quadrature")
 
     def moment(
         self,
@@ -451,7 +456,7 @@ def spectral_density(
         while len(rules) < n_probes:
             group = _density_group(matrix, min(n_probes - len(rules), N_COLUMNS))
             with matrix.reserve(2 * group): rules += _quadrature(matrix, range(len(rules), len(rules) + group), n_steps, seed, bar)
-            state.save(lambda: {"rules": torch.stack(rules)}, now=True)
+            state.save(lambda: {"rules": torch.stack(rules)}, now=True)  # noqa: B023
     nodes, weights = torch.stack(rules).unbind(1)
     return SpectralDensity(nodes, weights, matrix.d, matrix.n_products)
 

@@ -49,7 +49,8 @@ _CURVES = {"gelu": (_gelu, _gelu_bend), "gelu_tanh": (_gelu_tanh, _gelu_tanh_ben
 # %% ../nbs/29_twice.ipynb #7fcd8a10
 def _last(*cotangents):
     "Refuse to be differentiated a third time"
-    if torch.is_grad_enabled() and any(v.requires_grad for v in cotangents): raise RuntimeError("a third derivative is not implemented: leave TwiceDifferentiable out")
+    if torch.is_grad_enabled() and any(v.requires_grad for v in cotangents):
+        raise RuntimeError("a third derivative is not implemented: leave TwiceDifferentiable out")
 
 
 class _Curve(Function):
@@ -140,8 +141,8 @@ class _Attention(Function):
     def backward(ctx, do):
         q, k, v, p, o = ctx.saved_tensors
         if torch.is_grad_enabled(): return *_AttentionSlope.apply(do, q, k, v, p, o, ctx.scale), None, None
-        ds = _bend(do, v, o).mul_(p).mul_(ctx.scale)
-        return ds @ k, ds.mT @ q, p.mT @ do, None, None
+        ds = _bend(do, v, o).mul_(p)
+        return (ds @ k).mul_(ctx.scale), (ds.mT @ q).mul_(ctx.scale), p.mT @ do, None, None
 
 
 class _AttentionSlope(Function):
@@ -150,20 +151,21 @@ class _AttentionSlope(Function):
         d = _bend(do, v, o)
         ctx.save_for_backward(do, q, k, v, p, d)
         ctx.scale = scale
-        ds = (p * d).mul_(scale)
-        return ds @ k, ds.mT @ q, p.mT @ do
+        ds = p * d
+        return (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), p.mT @ do
 
     @staticmethod
     def backward(ctx, aq, ak, av):
         _last(aq, ak, av)
         do, q, k, v, p, d = ctx.saved_tensors
         a = _centre((torch.cat([aq, q], -1) @ torch.cat([k, ak], -1).mT).mul_(ctx.scale), p)
-        c = (a * d).add_(do @ av.mT)
+        c = (do @ av.mT).addcmul_(a, d)
         b = a.mul_(p)
         to_do, to_v = (p @ av).add_(b @ v), b.mT @ do
         del a, b
-        e, ds = _centre(c, p).mul_(p).mul_(ctx.scale), (p * d).mul_(ctx.scale)
-        return to_do, (ds @ ak).add_(e @ k), (ds.mT @ aq).add_(e.mT @ q), to_v, None, None, None
+        e, ds = _centre(c, p).mul_(p), p * d
+        to_q, to_k = (ds @ ak).add_(e @ k).mul_(ctx.scale), (ds.mT @ aq).add_(e.mT @ q).mul_(ctx.scale)
+        return to_do, to_q, to_k, to_v, None, None, None
 
 # %% ../nbs/29_twice.ipynb #f1468aed
 class TwiceDifferentiable(TorchFunctionMode):
@@ -187,7 +189,8 @@ def _norm_function(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 
 def _attention_function(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if dropout_p or enable_gqa or query.shape[:-2] != key.shape[:-2] or query.ndim < 3 or (attn_mask is not None and attn_mask.requires_grad): return NotImplemented
+    if dropout_p or enable_gqa or query.shape[:-2] != key.shape[:-2] or query.ndim < 3 or (attn_mask is not None
+            and attn_mask.requires_grad): return NotImplemented
     mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril() if is_causal else attn_mask
     return _Attention.apply(query, key, value, mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
 

@@ -71,7 +71,8 @@ def tanh_mlp(): return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
 
 
 def cnn(norm):
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm(4), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), norm(4), nn.SiLU(), nn.Flatten(), nn.Linear(16, 3))
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm(4), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), norm(4), nn.SiLU(), nn.Flatten(),
+        nn.Linear(16, 3))
 
 
 def randomize(model, seed=0):
