@@ -332,28 +332,29 @@ class _OverLimit(Exception):
 
 
 class _Ceiling(TorchDispatchMode):
-    "Stop a block as soon as its tensors pass a limit"
+    "Stop a block before its tensors pass a limit, as far as the operations so far tell, and else as soon as they do"
 
     def __init__(self, counted, limit_bytes):
         super().__init__()
-        self.counted, self.limit_bytes = counted, limit_bytes
+        self.counted, self.limit_bytes, self.largest = counted, limit_bytes, 0
 
     @classmethod
     def _should_skip_dynamo(cls): return False
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        before = self.counted.alive_bytes
+        if before + self.largest > self.limit_bytes and not (operation._schema.is_mutable or operation.is_view):
+            sizes = [t.numel() * t.itemsize for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if before + min(self.largest, max(sizes, default=0)) > self.limit_bytes: raise _OverLimit
         result = operation(*args, **(kwargs or {}))
         if self.counted.peak_bytes > self.limit_bytes: raise _OverLimit
+        self.largest = max(self.largest, self.counted.operation_peaks[-1] - before)
         return result
 
 
 def _capped(step, limit_bytes):
     "(result, peak bytes) of a step that is stopped if it passes the limit"
-    with count_tensor_bytes() as counted, _Ceiling(counted, limit_bytes):
-        try: result = step()
-        except RuntimeError:  # TorchScript wraps what is raised inside it
-            if counted.peak_bytes > limit_bytes: raise _OverLimit from None
-            raise
+    with count_tensor_bytes() as counted, _Ceiling(counted, limit_bytes): result = step()
     return result, counted.peak_bytes
 
 
@@ -649,7 +650,8 @@ class _Planner(_Setup):
             return Plan(engine, chunk, n_vectors, floor_bytes, base_bytes + model.predict(chunk), self.limit_bytes, n_all and seconds * n_all)
         raise MemoryBudgetExceeded(
             f"a product with {n_vectors} vectors of {self.shape[0]:,} values needs more than the limit of {format_bytes(self.limit_bytes)} "
-            f"for one sample at a time; v and Hv are {format_bytes(floor_bytes)} of it. Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
+            f"for one sample at a time; v and Hv are {format_bytes(floor_bytes)} of it. "
+            "Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
             needed_bytes=base_bytes, left_bytes=left_bytes, limit_bytes=self.limit_bytes)
 
     def _has_chain(self, x, left_bytes):

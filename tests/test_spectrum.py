@@ -153,7 +153,7 @@ def test_limit_holds_for_a_hessian():
 
     from gausssafe.hvp import HessianOperator
     torch.manual_seed(0)
-    model, ids = cases.GPT(13, 16, 16, 2, 2), torch.randint(13, (6, 17))
+    model, ids = cases.GPT(13, 8, 12, 1, 1), torch.randint(13, (3, 9))
     params = list(model.parameters())
     d = sum(p.numel() for p in params)
     def operator(limit): return HessianOperator(model, cases.lm_loss, params, [(ids[:, :-1], ids[:, 1:])], memory_limit=limit)
