@@ -234,4 +234,5 @@ def _cross_entropy_function(input, target, weight=None, size_average=None, ignor
     return _CrossEntropy.apply(input, target, ignore_index)
 
 
-_REPLACED = {F.cross_entropy: _cross_entropy_function, F.gelu: _gelu_function, F.silu: _silu_function, F.layer_norm: _norm_function, F.scaled_dot_product_attention: _attention_function}
+_REPLACED = {F.cross_entropy: _cross_entropy_function, F.gelu: _gelu_function, F.silu: _silu_function, F.layer_norm: _norm_function,
+             F.scaled_dot_product_attention: _attention_function}
