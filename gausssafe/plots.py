@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'METRIC_LABELS', 'noise_colour', 'plot_samples', 'plot_training', 'plot_losses', 'plot_metric',
-           'plot_metrics', 'plot_memory', 'plot_noise']
+           'plot_metrics', 'plot_memory', 'plot_noise', 'plot_spectral_density']
 
 # %% ../nbs/50_plots.ipynb #8331a07f
 import math
@@ -147,4 +147,20 @@ def plot_noise(
     ax.set(xlabel=rf"$\langle Z_{{{qubits[0]}}} \rangle$", ylabel=rf"$\langle Z_{{{qubits[1]}}} \rangle$")
     ax.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
     ax.legend(loc="best", markerscale=3)
+    return ax
+
+# %% ../nbs/50_plots.ipynb #28458154
+def plot_spectral_density(
+    density,  # As `spectral_density` returns
+    *,
+    width: float | None = None,  # Of the Gaussian around each node; None for 1 % of the range
+    ax: Axes | None = None,
+) -> Axes:
+    "Where a matrix' eigenvalues lie"
+    ax = _axes(ax)
+    low, high = float(density.nodes.min()), float(density.nodes.max())
+    margin = 0.05 * (high - low) or 1.0
+    grid = density.nodes.new_tensor([low - margin + i * (high - low + 2 * margin) / 999 for i in range(1000)])
+    ax.semilogy(grid, density.smooth(grid, width), color=COLOURS["classical"])
+    ax.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-6, None))
     return ax

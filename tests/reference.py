@@ -118,3 +118,59 @@ def circuit_expvals(n_qubits, gates):
         else: full = on({wires: np.cos(angle / 2) * np.eye(2) - 1j * np.sin(angle / 2) * paulis[name[1]]})
         state = full @ state
     return np.array([(state.conj() @ on({i: paulis["Z"]}) @ state).real for i in range(n_qubits)])
+
+
+# hvp: curvature as dense matrices in float64
+
+def dense_curvature(model, loss_fn, x, y, kind="hessian"):
+    "Hessian by central differences of the gradient; Gauss-Newton and empirical Fisher by one Jacobian of outputs or losses at a time"
+    import copy
+
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._pytree import tree_leaves, tree_map
+    model = copy.deepcopy(model).double()
+    params = list(model.parameters())
+    x, y = tree_map(lambda t: t.double() if t.is_floating_point() else t, (x, y))
+
+    def run(x): return model(**x) if isinstance(x, dict) else model(x)
+    def flat(tensors): return torch.cat([torch.zeros_like(p).flatten() if t is None else t.flatten() for t, p in zip(tensors, params, strict=True)])
+    def gradient(x, y): return flat(torch.autograd.grad(loss_fn(run(x), y), params, allow_unused=True))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        if kind == "fisher":
+            per_sample = [gradient(*tree_map(lambda t, i=i: t[i:i + 1], (x, y))) for i in range(len(y))]
+            return sum(torch.outer(g, g) for g in per_sample) / len(y)
+        if kind == "ggn": return _gauss_newton(run(x), loss_fn, y, params, flat, tree_leaves)
+        columns = []
+        with torch.no_grad(): entries = [(p, i) for p in params for i in range(p.numel())]
+        for p, i in entries:
+            sides = []
+            for step in (1e-5, -1e-5):
+                p.data.view(-1)[i] += step
+                sides.append(gradient(x, y))
+                p.data.view(-1)[i] -= step
+            columns.append((sides[0] - sides[1]) / 2e-5)
+        return torch.stack(columns, 1)
+
+
+def _gauss_newton(outputs, loss_fn, y, params, flat, tree_leaves):
+    import torch
+    z, = (t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor))
+    jacobian = torch.stack([flat(torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True)) for entry in z.flatten()])
+    wrap = (lambda z: {"logits": z}) if isinstance(outputs, dict) else (lambda z: z)
+    curvature = torch.autograd.functional.hessian(lambda flat_z: loss_fn(wrap(flat_z.view(z.shape)), y), z.detach().flatten())
+    return jacobian.T @ curvature @ jacobian
+
+
+def double_backward(model, loss_fn, x, y, v):
+    "Hessian times v over all samples at once, in float64"
+    import copy
+
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = copy.deepcopy(model).double()
+    params = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(model(x), y), params, create_graph=True)])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ v.double(), params)])

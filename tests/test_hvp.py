@@ -1,0 +1,316 @@
+"Curvature products against dense float64 matrices, limits that hold, and what bad input gets"
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
+from torch import nn
+
+from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
+from gausssafe.hvp import FisherOperator, GGNOperator, HessianOperator
+from gausssafe.memory import count_tensor_bytes
+
+KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": FisherOperator}
+
+
+def batches(x, y, *sizes):
+    "Samples dealt into batches of these sizes"
+    ends = np.cumsum((0, *sizes))
+    cut = torch.utils._pytree.tree_map
+    return [cut(lambda t, i=i, j=j: t[i:j], (x, y)) for i, j in zip(ends, ends[1:], strict=False)]
+
+
+def relative_error(found, expected): return float((found.double() - expected).norm() / expected.norm())
+
+
+def forced(operator, engine, chunk):
+    "Take an engine and a chunk, whatever the limit says"
+    operator.plan_for(1)
+    if engine == "segments": assert operator._has_chain(operator._first()[0], 10**9)
+    make = operator._make_plan
+    def plan(*args): return __import__("dataclasses").replace(make(*args), engine=engine, chunk=chunk)
+    operator._make_plan, operator._plans = plan, {}
+    return operator
+
+
+@pytest.mark.parametrize("name", cases.CURVATURE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_matrix(name, kind):
+    "Columns against float64, float32 with ragged batches; 1e-5 is what the issue asks at this size"
+    model, loss_fn, x, y = cases.curvature_case(name)
+    expected = reference.dense_curvature(model, loss_fn, x, y, kind)
+    params = list(model.parameters())
+    for engine, chunk in (("reverse", 2), ("segments", 2))[:2 if kind == "hessian" else 1]:
+        operator = forced(KINDS[kind](model, loss_fn, params, batches(x, y, 5, 2)), engine, chunk)
+        v = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(0))
+        assert relative_error(operator @ v, expected @ v.double()) < 1e-5, engine
+        assert relative_error(operator @ v[:, 0], expected @ v[:, 0].double()) < 1e-5, engine
+
+
+@pytest.mark.parametrize("engine", ["reverse", "segments"])
+def test_float64(engine):
+    model, loss_fn, x, y = cases.curvature_case("gpt")
+    operator = forced(HessianOperator(model, loss_fn, list(model.parameters()), batches(x, y, 7), dtype=torch.float64), engine, 3)
+    v = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert relative_error(operator @ v, reference.double_backward(model, loss_fn, x, y, v)) < 1e-12
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_layer_norm_gate_catches_the_mistake():
+    "torch.func's jvp of a reverse-mode Jacobian is wrong where a norm's input and weight both depend on parameters; the gate above would see it"
+    from torch.func import functional_call, jacrev, jvp
+    model, loss_fn, x, y = cases.curvature_case("layer norm mlp")
+    model, x = model.double(), x.double()
+    params = dict(model.named_parameters())
+    v = {name: torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(i)) for i, (name, p) in enumerate(params.items())}
+    flat = torch.cat([t.flatten() for t in v.values()])
+    exact = reference.double_backward(model, loss_fn, x, y, flat)
+    product = jvp(jacrev(lambda p: loss_fn(functional_call(model, p, x), y)), (params,), (v,))[1]
+    assert relative_error(torch.cat([t.flatten() for t in product.values()]), exact) > 1e-3
+    ours = HessianOperator(model, loss_fn, list(model.parameters()), [(x, y)]) @ flat
+    assert relative_error(ours, exact) < 1e-12
+
+
+def gpt_and_tokens(n=12):
+    torch.manual_seed(0)
+    model, ids = cases.GPT(13, 32, 32, 2, 3), torch.randint(13, (n, 33))
+    return model, ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("above, k", [(20_000_000, 3), (3_000_000, 1), (600_000, 1), *(pytest.param(above, k, marks=pytest.mark.slow) for above, k in
+                                      [(20_000_000, 1), (3_000_000, 3), (1_300_000, 1), (1_300_000, 3), (600_000, 3)])])
+def test_limit_holds_and_is_predicted(above, k):
+    "Everything from the probes to the last chunk, v counted; fresh model each time"
+    model, x, y = gpt_and_tokens()
+    limit = 2 * k * 4 * sum(p.numel() for p in model.parameters()) + above
+    operator = HessianOperator(model, cases.lm_loss, list(model.parameters()), batches(x, y, 9, 3), memory_limit=limit)
+    v = torch.randn(k, operator.shape[0]).T if k > 1 else torch.randn(operator.shape[0])
+    with count_tensor_bytes() as counted: product = operator @ v
+    plan, v_bytes = operator.plan, v.numel() * 4
+    assert counted.peak_bytes + v_bytes <= plan.limit_bytes
+    assert plan.peak_bytes <= plan.predicted_bytes <= 1.05 * plan.peak_bytes
+    exact = reference.double_backward(model, cases.lm_loss, x, y, v.reshape(operator.shape[0], -1)[:, 0])
+    assert relative_error(product.reshape(operator.shape[0], -1)[:, 0], exact) < 1e-5
+    if above == 600_000: assert plan.engine == "segments"
+
+
+def test_columns_that_are_not_contiguous():
+    model, x, y = gpt_and_tokens(4)
+    operator = HessianOperator(model, cases.lm_loss, list(model.parameters()), [(x, y)], memory_limit="10MB")
+    v = torch.randn(operator.shape[0], 4)
+    with count_tensor_bytes() as counted: product = operator @ v
+    assert counted.peak_bytes + v.numel() * 4 <= 10**7 and operator.plan.peak_bytes <= operator.plan.predicted_bytes
+    torch.testing.assert_close(product, operator @ v.T.contiguous().T)
+
+
+@pytest.mark.parametrize("engine", ["reverse", "segments"])
+@pytest.mark.parametrize("block", ["blocks.1", "head", "tokens", ["blocks.0.qkv", "norm.weight"]])
+def test_block_is_a_block(engine, block):
+    model, loss_fn, x, y = cases.curvature_case("gpt")
+    params = list(model.parameters())
+    if block == "head":  # Tied: its parameter goes by the first name
+        with pytest.raises(InvalidInput, match=r"block \['head'\] names none of params; names start like tokens.weight"): HessianOperator(model,
+                loss_fn, params, [(x, y)], block=block)
+        return
+    whole, part = HessianOperator(model, loss_fn, params, [(x, y)]), forced(HessianOperator(model, loss_fn, params, [(x, y)], block=block), engine, 3)
+    inside = torch.cat([torch.arange(span.start, span.stop) for name, span in whole.slices.items() if name in part.names])
+    v = torch.randn(part.shape[0])
+    padded = torch.zeros(whole.shape[0])
+    padded[inside] = v
+    torch.testing.assert_close(part @ v, (whole @ padded)[inside], atol=1e-6, rtol=1e-4)
+
+
+def test_kinds_of_v():
+    model, loss_fn, x, y = cases.curvature_case("tanh mlp, squares")
+    params = list(model.parameters())
+    H = HessianOperator(model, loss_fn, dict(model.named_parameters()), [(x, y)])
+    v = torch.randn(H.shape[0])
+    by_name = H @ {name: v[span].view(p.shape) for (name, span), p in zip(H.slices.items(), params, strict=True)}
+    torch.testing.assert_close(torch.cat([t.flatten() for t in by_name.values()]), H @ v)
+    np.testing.assert_allclose(H @ v.numpy(), (H @ v).numpy())
+    scipy = HessianOperator(model, loss_fn, params, [(x, y)], dtype=torch.float64).to_scipy()
+    dense = reference.dense_curvature(model, loss_fn, x, y).numpy()
+    np.testing.assert_allclose(eigsh(scipy, k=3)[0], np.sort(np.linalg.eigvalsh(dense)[np.abs(np.linalg.eigvalsh(dense)).argsort()[-3:]]), rtol=1e-5)
+    assert H.dtype == torch.float32 and H.shape == (len(v), len(v)) and all(p.grad is None for p in params)
+    for bad in (v[1:], torch.randn(3, 4, 5), torch.zeros(len(v), 0), "v", {"0.weight": v}):
+        with pytest.raises(InvalidInput, match="v "): H @ bad
+    v[3] = torch.nan
+    with pytest.raises(NotFinite, match=f"v: 1 of {len(v)}"): H @ v
+
+
+def test_plans():
+    model, x, y = gpt_and_tokens()
+    params = list(model.parameters())
+    H = HessianOperator(model, cases.lm_loss, params, batches(x, y, 8, 4), memory_limit="5MB")
+    assert H.plan.peak_bytes is None and H.plan.predicted_s > 0 and H.plan.n_vectors == 1
+    H @ torch.randn(H.shape[0], 2)
+    assert H.plan.n_vectors == 2 and H.plan.peak_bytes <= H.plan.limit_bytes and "limit 5.00 MB" in str(H.plan)
+    with pytest.raises(MemoryBudgetExceeded, match=r"v and Hv alone needs .* 5.00 MB budget.*fewer vectors, or a block of .*, such as block='b"):
+        H.plan_for(40)
+    with pytest.raises(MemoryBudgetExceeded, match="for one sample at a time; v and Hv are"):
+        HessianOperator(model, cases.lm_loss, params, [(x, y)], memory_limit=2 * 4 * H.shape[0] + 1000).plan  # noqa: B018
+    block = HessianOperator(model, cases.lm_loss, params, batches(x, y, 8, 4), memory_limit="0.5MB", block="blocks.1")
+    assert block.plan.engine == "segments"
+
+
+def test_longer_sequences_later_are_planned_anew():
+    model, x, y = gpt_and_tokens(4)
+    data = [(x[:, :8], y[:, :8]), (x, y), (x[:2, :16], y[:2, :16])]
+    H = HessianOperator(model, cases.lm_loss, list(model.parameters()), data, memory_limit="3MB")
+    v = torch.randn(H.shape[0])
+    with count_tensor_bytes() as counted: product = H @ v
+    assert counted.peak_bytes + v.numel() * 4 <= 3_000_000
+    parts = [len(a) * reference.double_backward(model, cases.lm_loss, a, b, v) for a, b in data]
+    assert relative_error(product, sum(parts) / 10) < 1e-5
+
+
+class Drops(nn.Linear):
+    def forward(self, x): return super().forward(F.dropout(x, 0.5))
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.exp()
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g
+
+
+class OnlyOnce(nn.Linear):
+    def forward(self, x): return Once.apply(super().forward(x))
+
+
+X, Y = torch.randn(6, 4), torch.randint(3, (6,))
+NAN = X.clone()
+NAN[0] = torch.nan
+MISTAKES = {
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1)), {}, InvalidInput,
+        r"not deterministic: 1 drops 10% of its input. Call model.eval\(\)"),
+    "hidden dropout": (lambda: Drops(4, 3), {}, InvalidInput, r"not deterministic: two losses of the same 2 samples are .* Call model.eval\(\)"),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), {}, InvalidInput, r"1 normalises over the batch.*model.eval\(\)"),
+    "no second derivative": (lambda: OnlyOnce(4, 3), {}, InvalidInput, "no second derivative"),
+    "no batches": (None, {"data": []}, InvalidInput, "no batches.*drop_last"),
+    "generator": (None, {"data": iter([(X, Y)])}, InvalidInput, "read only once.*DataLoader"),
+    "not pairs": (None, {"data": [X]}, InvalidInput, r"a pair \(x, y\), not Tensor of 6"),
+    "vector loss": (None, {"loss_fn": lambda z, y: F.cross_entropy(z, y, reduction="none")}, InvalidInput, r"one number.*not \(2,\)"),
+    "summed loss": (None, {"loss_fn": lambda z, y: F.cross_entropy(z, y, reduction="sum")}, InvalidInput,
+        "not a mean over samples.*reduction='mean'"),
+    "untouched": (lambda: nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(2, 2)}), {"forward": "a"}, InvalidInput,
+        "does not depend on b.bias, b.weight: leave them out"),
+    "NaN": (None, {"data": [(NAN, Y)]}, NotFinite, "the loss of the first 2 samples: 1 of 1"),
+    "NaN later": (None, {"data": [(X, Y), (NAN, Y)]}, NotFinite, "the loss: 1 of 1"),
+    "limit": (None, {"memory_limit": "a lot"}, InvalidInput, "memory_limit: 'a lot' is not a size"),
+    "block": (None, {"block": "layer9"}, InvalidInput, "names none of params; names start like weight, bias"),
+    "no module": (lambda: (lambda x: x), {"params": [torch.zeros(2)]}, InvalidInput, "torch.nn.Module, not function"),
+    "strange params": (None, {"params": [nn.Parameter(torch.zeros(3))]}, InvalidInput, "1 of the 1 given are not"),
+    "no params": (None, {"params": []}, InvalidInput, "0 of the 0 given"),
+    "no group": (None, {"distributed": True}, InvalidInput, "init_process_group"),
+}
+
+
+class Chosen(nn.Module):
+    def __init__(self, model, name):
+        super().__init__()
+        self.a, self.b, self.name = model["a"], model["b"], name
+
+    def forward(self, x): return getattr(self, self.name)(x)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    make, changes, error, message = MISTAKES[name]
+    changes = dict(changes)
+    model = make() if make else nn.Linear(4, 3)
+    if "forward" in changes: model = Chosen(model, changes.pop("forward"))
+    settings = {"loss_fn": F.cross_entropy, "data": [(X, Y)], "memory_limit": None} | changes
+    params = settings.pop("params", None) or ([] if "params" in changes else list(model.parameters()))
+    with pytest.raises(error, match=message):
+        H = HessianOperator(model, settings.pop("loss_fn"), params, settings.pop("data"), **settings)
+        H @ torch.randn(H.shape[0])
+
+
+def test_data_that_change_between_products_are_noticed():
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(50, 4), torch.randint(3, (50,))), batch_size=16, shuffle=True,
+        drop_last=True)
+    model = nn.Linear(4, 3)
+    H = HessianOperator(model, F.cross_entropy, list(model.parameters()), loader)
+    v = torch.randn(H.shape[0])
+    H @ v
+    with pytest.raises(InvalidInput, match="data changed between two products.*shuffle=True with drop_last=True"): H @ v
+    steady = torch.utils.data.DataLoader(loader.dataset, batch_size=16, shuffle=True)
+    H = HessianOperator(model, F.cross_entropy, list(model.parameters()), steady)
+    torch.testing.assert_close(H @ v, H @ v)
+    model.weight.data.mul_(2)  # New parameters may have a new loss
+    H @ v
+
+
+def test_a_model_that_differentiates_inside():
+    "A third derivative: torch's own kernels take over"
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 5), nn.GELU(), nn.Linear(5, 1))
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            with torch.enable_grad(): return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+    torch.manual_seed(0)
+    model, x, y = Slope(), torch.randn(6, 2), torch.randn(6, 2)
+    params = [p for name, p in model.named_parameters() if name != "net.2.bias"]
+    H, v = HessianOperator(model, F.mse_loss, params, [(x, y)]), torch.randn(sum(p.numel() for p in params))
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(F.mse_loss(model(x), y), params, create_graph=True)])
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ v, params)])
+    torch.testing.assert_close(H @ v, expected, atol=1e-6, rtol=1e-4)
+
+
+RANK = """
+import sys, torch, torch.distributed as dist, torch.nn.functional as F
+sys.path.insert(0, {tests!r})
+import cases, reference
+from gausssafe.hvp import HessianOperator
+from gausssafe.errors import InvalidInput, NotFinite, RunFailed
+rank, size, store = int(sys.argv[1]), 2, sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
+model, loss_fn, x, y = cases.curvature_case("gpt")
+params = list(model.parameters())
+mine = slice(0, 5) if rank == 0 else slice(5, 7)
+H = HessianOperator(model, loss_fn, params, [(x[mine], y[mine])], distributed=True)
+v = torch.randn(H.shape[0], 2, generator=torch.Generator().manual_seed(0))
+exact = reference.double_backward(model, loss_fn, x, y, v[:, 0])
+error = ((H @ v)[:, 0].double() - exact).norm() / exact.norm()
+assert error < 1e-6, error
+bad = v.clone()
+if rank: bad[0] = torch.nan
+linear, points = torch.nn.Linear(4, 3), torch.randn(4, 4)
+if rank: points[3] = torch.nan
+H = HessianOperator(linear, F.cross_entropy, list(linear.parameters()), [(points, torch.zeros(4, dtype=torch.long))], distributed=True)
+try: H @ torch.ones(H.shape[0])
+except (NotFinite, RunFailed) as failure: print(type(failure).__name__, failure)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+try: HessianOperator(model, loss_fn, list(model.parameters()), [(x, y)], distributed=True)
+except InvalidInput as failure: print(failure)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    "Shares of 5 and 2 samples; an error on one process reaches the other; FSDP2 is refused by name"
+    script = RANK.format(tests=str(Path(__file__).parent))
+    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    outs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outs
+    assert "the product failed on 1 of 2 processes" in outs[0][0] and "NotFinite the loss" in outs[1][0]
+    assert all("FSDP2" in out and "whole copy" in out for out, _ in outs)
