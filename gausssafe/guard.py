@@ -174,7 +174,28 @@ class Tree:
     def kill(self): "Beyond SIGKILL to each"
     def close(self): "Give back what was set up"
 
-# %% ../nbs/60_guard.ipynb #1ebf5d71
+# %% ../nbs/60_guard.ipynb #37a124a8
+_CROWD = 64  # Processes
+
+
+def _send(target, what, send=os.kill):
+    "Send to somebody who may be gone"
+    with suppress(OSError): send(target, what)
+
+
+def _freeze(tree):
+    "Stop all of a tree; its processes by pid"
+    stopped = set()
+    while fresh := set(tree.pids()) - stopped:
+        for pid in fresh: _send(pid, signal.SIGSTOP)
+        stopped |= fresh
+    for _ in range(10):
+        processes = tree.processes()
+        if all(p.state in "tT" for p in processes.values()): break
+        time.sleep(0.001)
+    return processes
+
+# %% ../nbs/60_guard.ipynb #555de323
 class ProcTree(Tree):
     "Tier `guard`: living descendants of a process and the bytes they occupy, read from /proc"
 
@@ -209,7 +230,7 @@ class ProcTree(Tree):
         now = self.processes()
         least, most = self._between(now)
         if len(now) > 1 and (exact or self._is_due(now, least, most)):
-            self._look = _Look(now)
+            self._look = _Look(now) if exact or len(now) <= _CROWD else self._look_at_crowd(now)
             now = self.processes()
             least, most = self._between(now)
         self.bound_bytes = most
@@ -224,10 +245,18 @@ class ProcTree(Tree):
 
     def _is_due(self, now, least, most):
         "In doubt at the limit; or now and then, for 0.5 % of our time; sooner while sizeable newcomers fill the second half of the limit"
-        if least <= self.limit_bytes < most and most - least > self.limit_bytes / 20: return True
+        crowd, since_s, took_s = len(now) > _CROWD, time.monotonic() - self._look.over_s, self._look.took_s
+        if least <= self.limit_bytes < most and most - least > self.limit_bytes / 12: return not crowd or since_s > 3 * took_s
         strange = sum(p.rss_bytes for pid, p in now.items() if pid not in self._look.then)
         hurry = most > self.limit_bytes / 2 and strange > self.limit_bytes / 20
-        return time.monotonic() > self._look.over_s + (20 * self._look.took_s if hurry else max(0.5, 200 * self._look.took_s))
+        return not crowd and since_s > (20 * took_s if hurry else max(0.5, 200 * took_s))
+
+    def _look_at_crowd(self, now):
+        there = _freeze(self)
+        try: return _Look(there)
+        finally:
+            for pid in there:
+                if pid not in now or now[pid].state not in "tT": _send(pid, signal.SIGCONT)
 
 # %% ../nbs/60_guard.ipynb #71f4e708
 _SPEED = 4e9  # Bytes a second that one core can touch for the first time
@@ -323,11 +352,6 @@ class SharedMemory:
 # %% ../nbs/60_guard.ipynb #6ad19c9a
 def _write(path, text):
     with open(path, "w") as file: file.write(text)
-
-
-def _send(target, what, send=os.kill):
-    "Send to somebody who may be gone"
-    with suppress(OSError): send(target, what)
 
 
 def _say(text): _send(2, f"gausssafe: {text}\n".encode(), os.write)
@@ -533,19 +557,6 @@ def _start(command, marks, group):
     except BaseException as error: _say(f"cannot run {command[0]}: {error}")
     finally: os._exit(127)
 
-# %% ../nbs/60_guard.ipynb #5c158be3
-def _freeze(tree):
-    "Stop all of a tree; its processes by pid"
-    stopped = set()
-    while fresh := set(tree.pids()) - stopped:
-        for pid in fresh: _send(pid, signal.SIGSTOP)
-        stopped |= fresh
-    for _ in range(10):
-        processes = tree.processes()
-        if all(p.state in "tT" for p in processes.values()): break
-        time.sleep(0.001)
-    return processes
-
 # %% ../nbs/60_guard.ipynb #0e0036c4
 class Record:
     "What is known of one run"
@@ -612,7 +623,7 @@ def _end_tree(tree, record, shared, kernel_pid):
     grace_s = time.monotonic() + (0.1 if record.reason == "exited" else 0)
     while time.monotonic() < grace_s and _reap(record, kernel_pid): time.sleep(0.005)
     began_s, there = time.monotonic(), _freeze(tree)
-    if there: record.sample(tree.read(exact=len(there) <= 64))  # PSS of a thousand takes seconds, and they shall go now
+    if there: record.sample(tree.read(exact=len(there) <= _CROWD))
     record.high_water(high_water_bytes(kernel_pid) if kernel_pid in there else 0)
     record.leaked = [{"pid": p.pid, "rss_bytes": p.rss_bytes, "command": command_line(p.pid)} for p in there.values() if p.pid != kernel_pid]
     record.cells.end(record.now_s(), record.used_bytes, record.kernel_hwm_bytes)

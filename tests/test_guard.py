@@ -135,6 +135,27 @@ def test_copies_of_forked_memory_are_counted():
     assert status["reason"] == "memory" and 350e6 <= status["peak_bytes"] < 460e6
 
 
+CROWD = """
+import os, sys, time
+data = b"x" * 30_000_000
+for _ in range(100):
+    if os.fork() == 0:
+        own = b"y" * int(sys.argv[1])
+        time.sleep(float(sys.argv[2]))
+        os._exit(0)
+try:
+    while True: os.wait()
+except ChildProcessError: pass
+"""
+
+
+@pytest.mark.parametrize("own, seconds, reason", [(5_000_000, 100, "memory"), (100, 2, "exited")])
+def test_a_crowd_is_judged_by_what_it_has_not_by_what_it_shares(own, seconds, reason):
+    "100 processes that show 3 GB and more: with 5 MB each of their own they are over 400 MB, without they are not"
+    status = run_guarded(python(CROWD, own, seconds), memory_limit="400MB", timeout_s=100)
+    assert status["reason"] == reason and (status["exit_code"] == 0 or status["peak_bytes"] > 400e6)
+
+
 def test_a_flood_of_forks_ends():
     "Stopped while it forks: the sweeps must outrun it"
     status = run_guarded(python("import os\nfor _ in range(10): os.fork()\n__import__('signal').pause()"), timeout_s=0.5)
