@@ -18,7 +18,7 @@ import pennylane as qml
 import torch
 from pennylane.devices.modifiers import simulator_tracking, single_tape_support
 
-from .circuits import ExecutionPlan, plan_circuit
+from .circuits import ExecutionPlan, ShotPlan, check_readable
 from .errors import InvalidInput
 from .memory import read_limit
 from .trace import trace, word_turns
@@ -234,6 +234,7 @@ class _Family:
             packing = Packing(parameters, self.constant)
             try: plan = _compiled(device, operations, tape, numbers, packing)
             except InvalidInput as error:
+                _check_measured(device, tape)
                 more = frozenset(i for i, p in enumerate(parameters) if p.shape)
                 if more <= self.constant: raise UnsupportedCircuit(str(error)) from error
             else:
@@ -251,7 +252,16 @@ def _compiled(device, operations, tape, numbers, packing):
     function = _function(operations, tape.measurements, packing, numbers)
     _check_constants(operations, numbers, packing.parameters, packing.constant)
     circuit = trace(function, shapes, per_sample=("batched",) if "batched" in shapes else (), wires=device.wires)
-    return plan_circuit(replace(circuit, shots=tape.shots.total_shots), device.memory_limit)
+    circuit = replace(circuit, shots=tape.shots.total_shots)
+    check_readable(circuit)
+    return (ShotPlan if circuit.shots else ExecutionPlan)(circuit, device.memory_limit, "auto")
+
+
+def _check_measured(device, tape):
+    "Whether it is the measurements alone that cannot be"
+    def alone(): return [qml.apply(m) for m in tape.measurements]
+    try: check_readable(replace(trace(alone, {}, wires=device.wires or tape.wires), shots=tape.shots.total_shots))
+    except InvalidInput as error: raise UnsupportedCircuit(str(error)) from error
 
 
 def _unused(plan, packing):
@@ -329,11 +339,12 @@ class GausssafeQubit(qml.devices.Device):
     def __init__(
         self,
         wires=None,  # How many, or their labels; None: those of each circuit
+        shots=None,  # PennyLane's own way is `qml.set_shots`
         *,
         memory_limit: str | int | None = None,  # Logical bytes of one circuit beyond parameters and results; None: what is left
         seed="global",  # Of all draws, for numpy's `default_rng`; "global": from numpy's global generator, as default.qubit does
     ):
-        super().__init__(wires=wires)
+        super().__init__(wires=wires, shots=shots)
         self._rng = np.random.default_rng(np.random.randint(10_000_000) if isinstance(seed, str) and seed == "global" else seed)
         self.memory_limit = None if memory_limit is None else read_limit(memory_limit)
         self._families, self._lock, self._pipeline = OrderedDict(), threading.Lock(), qml.CompilePipeline()
