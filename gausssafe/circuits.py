@@ -493,7 +493,9 @@ def check_readable(circuit: Circuit):
     "Refuse what only shots can show without shots, and what they cannot show with them"
     drawn = [m.kind for m in circuit.measurements if m.kind not in ("expval", "probs")]
     if drawn and not circuit.shots:
-        raise InvalidInput(f"the circuit returns {drawn[0]}, which needs a number of shots: use qml.set_shots(qnode, 100), or compile_circuit(..., shots=100).")
+        raise InvalidInput(
+            f"the circuit returns {drawn[0]}, which needs a number of shots: use qml.set_shots(qnode, 100), or compile_circuit(..., shots=100)."
+        )
     if circuit.shots and len(circuit.sizes) != len(circuit.measurements):
         raise InvalidInput(
             "probs of an observable are not drawn with shots: rotate into its basis (observable.diagonalizing_gates()) and return probs of the wires."
