@@ -18,7 +18,7 @@ import pennylane as qml
 import torch
 from pennylane.devices.modifiers import simulator_tracking, single_tape_support
 
-from .circuits import ExecutionPlan
+from .circuits import ExecutionPlan, ShotPlan, check_readable
 from .errors import InvalidInput
 from .memory import read_limit
 from .trace import trace, word_turns
@@ -118,12 +118,23 @@ def _batch(numbers, parameters, tape):
 # %% ../nbs/27_device.ipynb #60a89c4f
 def _measured(measurements):
     for m in measurements:
-        if m.obs is not None and any(isinstance(d, torch.Tensor) and d.requires_grad for d in m.obs.data):
+        if any(isinstance(d, torch.Tensor) and d.requires_grad for obs in _observables(m) for d in obs.data):
             raise UnsupportedCircuit(
                 f"{m} has coefficients that require a gradient, which gausssafe.qubit does not give. Return the expval of each term and weigh "
                 "them outside of the circuit, or use default.qubit."
             )
-    return tuple((type(m), m.wires.labels, None if m.obs is None else _observable(m.obs)) for m in measurements)
+    return tuple((type(m), m.wires.labels, None if m.obs is None else _observable(m.obs), _more(m)) for m in measurements)
+
+
+def _observables(m):
+    if isinstance(m, qml.measurements.ShadowExpvalMP): return m.H if isinstance(m.H, (list, tuple)) else (m.H,)
+    return () if m.obs is None else (m.obs,)
+
+
+def _more(m):
+    "What else a measurement with shots may ask for"
+    if isinstance(m, qml.measurements.ShadowExpvalMP): return _frozen(m.H), m.k
+    return getattr(m, "all_outcomes", None)
 
 
 def _observable(obs): return type(obs) if type(obs) in _PAULIS else _frozen(obs)
@@ -206,11 +217,11 @@ class _Family:
         self.constant = frozenset(i for i, p in enumerate(parameters) if _by_value(operations[p.op]))
         self.plans, self.lock = OrderedDict(), threading.Lock()
 
-    def plan(self, device, operations, measurements, numbers):
+    def plan(self, device, operations, tape, numbers):
         with self.lock:
             found = self.plans.get(self._values(numbers)) if self.plans else None
             if found is None:
-                found = self._compile(device, operations, measurements, numbers, self.parameters)
+                found = self._compile(device, operations, tape, numbers, self.parameters)
                 self.plans[self._values(numbers)] = found
                 if len(self.plans) > _MOST_PLANS: self.plans.popitem(last=False)
             return found
@@ -218,11 +229,12 @@ class _Family:
     def _values(self, numbers):
         return tuple(_frozen(numbers[i]) for i in sorted(self.constant)) if self.constant else ()
 
-    def _compile(self, device, operations, measurements, numbers, parameters):
+    def _compile(self, device, operations, tape, numbers, parameters):
         while True:
             packing = Packing(parameters, self.constant)
-            try: plan = _compiled(device, operations, measurements, numbers, packing)
+            try: plan = _compiled(device, operations, tape, numbers, packing)
             except InvalidInput as error:
+                _check_measured(device, tape)
                 more = frozenset(i for i, p in enumerate(parameters) if p.shape)
                 if more <= self.constant: raise UnsupportedCircuit(str(error)) from error
             else:
@@ -235,12 +247,21 @@ class _Family:
 _MOST_PLANS = 64
 
 
-def _compiled(device, operations, measurements, numbers, packing):
+def _compiled(device, operations, tape, numbers, packing):
     shapes = {name: (size,) for name, size in zip(("shared", "batched"), packing.sizes, strict=True) if size} or {"shared": (1,)}
-    function = _function(operations, measurements, packing, numbers)
+    function = _function(operations, tape.measurements, packing, numbers)
     _check_constants(operations, numbers, packing.parameters, packing.constant)
     circuit = trace(function, shapes, per_sample=("batched",) if "batched" in shapes else (), wires=device.wires)
-    return ExecutionPlan(circuit, device.memory_limit, "auto")
+    circuit = replace(circuit, shots=tape.shots.total_shots)
+    check_readable(circuit)
+    return (ShotPlan if circuit.shots else ExecutionPlan)(circuit, device.memory_limit, "auto")
+
+
+def _check_measured(device, tape):
+    "Whether it is the measurements alone that cannot be"
+    def alone(): return [qml.apply(m) for m in tape.measurements]
+    try: check_readable(replace(trace(alone, {}, wires=device.wires or tape.wires), shots=tape.shots.total_shots))
+    except InvalidInput as error: raise UnsupportedCircuit(str(error)) from error
 
 
 def _unused(plan, packing):
@@ -282,28 +303,49 @@ def _results(plan, measurements, flat, batched):
     return found[0] if len(measurements) == 1 else found
 
 
-def _numpy(found): return tuple(f.numpy() for f in found) if isinstance(found, tuple) else found.numpy()
+def _numpy(found):
+    if isinstance(found, tuple): return tuple(_numpy(f) for f in found)
+    return found.numpy() if isinstance(found, torch.Tensor) else found
 
 # %% ../nbs/27_device.ipynb #ada8b3ab
 def _check_shots(tape):
-    if tape.shots:
+    if tape.shots.has_partitioned_shots:
         raise UnsupportedCircuit(
-            f"gausssafe.qubit computes exact results; {tape.shots.total_shots} shots were asked for. Use shots=None, or default.qubit for samples."
+            f"a vector of shots ({list(tape.shots)}) was asked for: set one number of shots and call once for each, or use default.qubit."
         )
+
+
+def _drawn(measurement, values):
+    "What a plan with shots has drawn, in PennyLane's form, a batch in front"
+    if isinstance(measurement, qml.measurements.ShadowExpvalMP): return values[:, 0] if values.shape[1] == 1 else values
+    if isinstance(measurement, qml.measurements.ClassicalShadowMP): return torch.stack(values, 1)
+    if isinstance(measurement, qml.measurements.SampleMP): return qml.math.cast(values, measurement.numeric_type)
+    return values
+
+
+def _found(plan, measurements, arguments, batched, seed):
+    "PennyLane's results of a plan; a seed is for shots"
+    if seed is None: return _results(plan, measurements, plan(**arguments), batched)
+    every = [_drawn(m, values) for m, values in zip(measurements, plan.each(seed=seed, **arguments), strict=True)]
+    found = tuple(every if batched else [values[0] for values in every])
+    return found[0] if len(measurements) == 1 else found
 
 # %% ../nbs/27_device.ipynb #08f600a2
 @simulator_tracking
 @single_tape_support
 class GausssafeQubit(qml.devices.Device):
-    "PennyLane's `gausssafe.qubit`: exact results and gradients of batches of samples in bounded memory"
+    "PennyLane's `gausssafe.qubit`: results, exact or with shots, and gradients of batches of samples in bounded memory"
 
     def __init__(
         self,
         wires=None,  # How many, or their labels; None: those of each circuit
+        shots=None,  # PennyLane's own way is `qml.set_shots`
         *,
         memory_limit: str | int | None = None,  # Logical bytes of one circuit beyond parameters and results; None: what is left
+        seed="global",  # Of all draws, for numpy's `default_rng`; "global": from numpy's global generator, as default.qubit does
     ):
-        super().__init__(wires=wires)
+        super().__init__(wires=wires, shots=shots)
+        self._rng = np.random.default_rng(np.random.randint(10_000_000) if isinstance(seed, str) and seed == "global" else seed)
         self.memory_limit = None if memory_limit is None else read_limit(memory_limit)
         self._families, self._lock, self._pipeline = OrderedDict(), threading.Lock(), qml.CompilePipeline()
 
@@ -321,7 +363,8 @@ class GausssafeQubit(qml.devices.Device):
 
     def _execute(self, tape):
         packing, plan, numbers, batch = self._prepared(tape)
-        found = _results(plan, tape.measurements, plan(**packing.pack(numbers, batch)), batch is not None)
+        seed = int(self._rng.integers(2**63)) if tape.shots else None
+        found = _found(plan, tape.measurements, packing.pack(numbers, batch), batch is not None, seed)
         return found if any(isinstance(n, torch.Tensor) for n in numbers) else _numpy(found)
 
     def _prepared(self, tape):
@@ -329,22 +372,24 @@ class GausssafeQubit(qml.devices.Device):
         _check_shots(tape)
         operations = _opened(tape.operations)
         structure, numbers, parameters = _parameters(operations)
-        key = structure, parameters, _measured(tape.measurements)
+        key = structure, parameters, _measured(tape.measurements), tape.shots.total_shots
         with self._lock:
             family = self._families.get(key)
             if family is None:
                 family = self._families[key] = _Family(operations, parameters)
                 if len(self._families) > _MOST_PLANS: self._families.popitem(last=False)
             else: self._families.move_to_end(key)
-        return *family.plan(self, operations, tape.measurements, numbers), numbers, _batch(numbers, parameters, tape)
+        return *family.plan(self, operations, tape, numbers), numbers, _batch(numbers, parameters, tape)
 
 # %% ../nbs/27_device.ipynb #5df2092b
 _OURS = ("backprop", "adjoint", "best", "device")
 
 
 def supports_derivatives(self, execution_config=None, circuit=None) -> bool:
-    "Whether the device itself gives gradients: in torch by `backprop`, everywhere by `adjoint`"
-    return execution_config is None or execution_config.gradient_method in _OURS
+    "Whether the device itself gives gradients: in torch by `backprop`, everywhere by `adjoint`; with shots, only if asked for by name"
+    if execution_config is None: return True
+    shots = circuit is not None and bool(circuit.shots)
+    return execution_config.gradient_method in _OURS and not (shots and execution_config.gradient_method == "best")
 
 
 def supports_vjp(self, execution_config=None, circuit=None) -> bool:
@@ -391,11 +436,13 @@ def execute_and_compute_vjp(self, circuits, cotangents, execution_config=None):
 def _vjp(self, tape, cotangent):
     packing, plan, numbers, batch = self._prepared(tape)
     for i in tape.trainable_params: numbers[i] = torch.as_tensor(np.asarray(numbers[i], dtype=float)).requires_grad_()
-    found = _results(plan, tape.measurements, plan(**packing.pack(numbers, batch)), batch is not None)
+    seed = 0 if tape.shots else None  # The gradient does not depend on what is drawn
+    found = _found(plan, tape.measurements, packing.pack(numbers, batch), batch is not None, seed)
     found, cotangent = (found, cotangent) if isinstance(found, tuple) else ((found,), (cotangent,))
-    given = [torch.as_tensor(np.asarray(c, dtype=float)).expand_as(f) for c, f in zip(cotangent, found, strict=True)]
+    pairs = [(f, c) for f, c in zip(found, cotangent, strict=True) if isinstance(f, torch.Tensor) and f.requires_grad]
+    given = [torch.as_tensor(np.asarray(c, dtype=float)).expand_as(f) for f, c in pairs]
     wanted = [numbers[i] for i in tape.trainable_params]
-    return tuple(g.numpy() for g in torch.autograd.grad(found, wanted, given, allow_unused=True, materialize_grads=True))
+    return tuple(g.numpy() for g in torch.autograd.grad([f for f, _ in pairs], wanted, given, allow_unused=True, materialize_grads=True))
 
 
 for _method in (compute_vjp, execute_and_compute_vjp, _vjp):

@@ -438,6 +438,7 @@ def test_what_cannot_be_compiled(circuit, message):
         (torch.tensor([[0.2], [math.nan]]), NotFinite, "inputs: 1 of 2"),
         (torch.zeros(3, 2), InvalidInput, r"shape \(3, 2\); the circuit was compiled for \(batch, 1\)"),
         (torch.zeros(3, 1, dtype=torch.int64), InvalidInput, "float32 or float64"),
+        (torch.zeros(3, 3, dtype=torch.float16), InvalidInput, "float32 or float64, not torch.float16"),
     ],
 )
 def test_bad_arguments(engine, x, error, message):

@@ -1,5 +1,7 @@
-"The registered device against default.qubit: values, gradients, batches, methods, refusals, threads"
+"The registered device against default.qubit: values, gradients, batches, shots, methods, refusals, threads"
 
+import itertools
+import math
 import sys
 import threading
 
@@ -249,9 +251,12 @@ def test_refusals_say_what_to_use(circuit, message):
     assert isinstance(refused.value, qml.exceptions.DeviceError)
 
 
-def test_shots_and_foreign_backprop_are_refused():
-    node = qml.set_shots(qml.QNode(entangler, GausssafeQubit(wires=3)), 100)
-    with pytest.raises(UnsupportedCircuit, match="100 shots were asked for. Use shots=None, or default.qubit"): node(torch.rand(3), weights())
+def test_vectors_of_shots_and_foreign_backprop_are_refused():
+    with pytest.warns(qml.exceptions.PennyLaneDeprecationWarning, match="Setting shots on device"): device = GausssafeQubit(wires=3, shots=100)
+    assert all(round(float(y) * 50, 9) % 1 == 0 for y in qml.QNode(entangler, device)(torch.rand(3), weights()))
+    node = qml.set_shots(qml.QNode(entangler, GausssafeQubit(wires=3)), [100, 50])
+    with pytest.raises(UnsupportedCircuit, match=r"shots \(\[100, 50\]\) was asked for: set one number .* or use default.qubit"):
+        node(torch.rand(3), weights())
     node = qml.QNode(entangler, GausssafeQubit(wires=3), diff_method="backprop")
     with pytest.raises(UnsupportedCircuit, match="goes through torch.*Use diff_method='best' or 'adjoint'"):
         qml.grad(lambda w: node(qml.numpy.array([0.1, 0.2, 0.3]), w)[0])(qml.numpy.array(weights().numpy(), requires_grad=True))
@@ -279,3 +284,182 @@ def test_threads_share_a_device():
     for t in threads: t.join()
     for i in range(4): assert all((y - flat(stock(x * i, w))).abs().max() < 1e-13 for y in found[i])
     assert len(device._families) == 1
+
+
+def shot_node(measure, shots=20, seed=0, device=GausssafeQubit, **options):
+    def circuit(x, w):
+        qml.AngleEmbedding(x, wires=range(3))
+        qml.StronglyEntanglingLayers(w, wires=range(3))
+        return measure()
+
+    return qml.set_shots(qml.QNode(circuit, device(wires=3, seed=seed), **options), shots)
+
+
+def stock_node(measure, **options): return shot_node(measure, device=lambda **more: qml.device("default.qubit", **more), **options)
+
+
+DRAWN = {
+    "expval": lambda: qml.expval(qml.X(0)),
+    "sum": lambda: qml.expval(0.5 * qml.Z(0) - 2 * qml.X(0) @ qml.Y(1)),
+    "probs": lambda: qml.probs(wires=[2, 0]),
+    "sample": lambda: qml.sample(wires=[1, 0]),
+    "sample_all": lambda: qml.sample(dtype="int8"),
+    "counts": lambda: qml.counts(wires=[0]),
+    "counts_all": lambda: qml.counts(all_outcomes=True),
+    "shadow": lambda: qml.classical_shadow(wires=[2, 0]),
+    "shadow_expval": lambda: qml.shadow_expval(qml.Z(0)),
+    "shadow_expvals": lambda: qml.shadow_expval([qml.Z(0), qml.X(1) @ qml.Z(2)], k=2),
+    "list": lambda: [qml.expval(qml.Z(0)), qml.expval(qml.X(1) @ qml.Y(2)), qml.expval(qml.Z(0) @ qml.Z(1))],
+    "mixed": lambda: (
+        qml.expval(qml.Z(0)), qml.probs(wires=[2]), qml.sample(wires=[0, 1]), qml.classical_shadow(wires=[0, 1]), qml.shadow_expval([qml.Z(0)]),
+    ),
+    "mixed_counts": lambda: (qml.counts(wires=[0, 1]), qml.expval(qml.Y(0))),
+}
+
+
+def form(found):
+    "What a result is made of, as text"
+    if isinstance(found, (tuple, list)): return f"{type(found).__name__}({', '.join(map(form, found))})"
+    if isinstance(found, dict): return f"counts of {len(next(iter(found)))} wires: {sum(found.values())}"
+    if isinstance(found, np.ndarray) and found.dtype.hasobject: return form(list(found))
+    return f"{isinstance(found, torch.Tensor)} {tuple(np.shape(found))} {str(found.dtype).removeprefix('torch.')}"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws_have_the_form_of_default_qubit(name):
+    "A batch of one stays a batch: default.qubit keeps it for samples and loses it for numbers"
+    ours, stock, w = shot_node(DRAWN[name]), stock_node(DRAWN[name]), weights()
+    for shape, make in itertools.product([(3,), (5, 3)], [torch.tensor, np.array]):
+        x = make(np.random.default_rng(0).random(shape))
+        if name == "mixed_counts" and make is torch.tensor and len(shape) == 2: continue  # default.qubit raises a TypeError
+        values = w if make is torch.tensor else w.numpy()
+        assert form(ours(x, values)) == form(stock(x, values))
+    one, several = (form(ours(torch.rand(n, 3, dtype=torch.float64), w)) for n in (1, 2))
+    assert one.replace("(1,", "(2,") == several or "counts" in name
+    assert len(ours.device._families) <= 2
+
+
+def features(found, shots):
+    "Every measurement as numbers (batch, n): frequencies of bit strings, and of bits with bases"
+    columns = []
+    for part in found:
+        if isinstance(part[0], dict):
+            columns.append(np.array([[row.get(a + b, 0) for a in "01" for b in "01"] for row in part]) / shots)
+            continue
+        part = np.asarray(part, dtype=float)
+        if part.ndim == 4: part = np.eye(36)[((part[:, 1] @ [3, 1]) * 4 + part[:, 0] @ [2, 1]).astype(int)].mean(1)
+        if part.ndim == 3: part = np.eye(4)[(part @ [2, 1]).astype(int)].mean(1)
+        columns.append(part.reshape(len(part), -1))
+    return np.concatenate(columns, 1)
+
+
+LAWS = {
+    "words": lambda: [qml.expval(o) for o in (qml.Z(0), qml.X(1), qml.Z(0) @ qml.Z(1), 0.5 * qml.Z(2) - qml.Y(1) @ qml.Y(2))],
+    "bits": lambda: [qml.expval(qml.Z(0)), qml.probs(wires=[2]), qml.sample(wires=[1, 0]), qml.counts(wires=[0, 2])],
+    "shadows": lambda: [qml.classical_shadow(wires=[2, 0]), qml.shadow_expval([qml.X(0), qml.Z(1), qml.X(0) @ qml.Y(2)])],
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_draws_follow_the_laws_of_default_qubit(name):
+    "20 shots of one sample, many times: every mean and covariance within 5.5 standard errors (about 1 in 10^7 for each)"
+    x, w, ours, stock = np.array([0.3, 1.1, 0.8]), weights().numpy(), shot_node(LAWS[name], seed=3), stock_node(LAWS[name], seed=3)
+    a = features(ours(np.tile(x, (2000, 1)), w), 20)
+    np.random.seed(0)
+    if name == "shadows": b = np.concatenate([features([r[None] for r in stock(x, w)], 20) for _ in range(300)])  # A batch would share its bases
+    else: b = features(stock(np.tile(x, (2000, 1)), w), 20)
+    assert (np.abs(a.mean(0) - b.mean(0)) < 5.5 * np.sqrt(a.var(0) / len(a) + b.var(0) / len(b)) + 1e-12).all()
+    found, wanted = np.cov(a.T), np.cov(b.T)
+    spread = np.sqrt((np.outer(found.diagonal(), found.diagonal()) + found**2) * (1 / len(a) + 1 / len(b)))
+    assert (np.abs(found - wanted) < 5.5 * spread + 1e-12).all()
+
+
+def test_seeds():
+    x, w = torch.rand(5, 3, dtype=torch.float64), weights()
+    def draws(seed, n=3):
+        node = shot_node(DRAWN["sample"], seed=seed)
+        return torch.stack([node(x, w) for _ in range(n)])
+    first = draws(7)
+    assert torch.equal(first, draws(7)) and not torch.equal(first, draws(8)) and not torch.equal(draws(None), draws(None))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+    assert torch.equal(first, draws(np.random.default_rng(7)))
+    shared = np.random.default_rng(7)
+    assert torch.equal(first, torch.cat([draws(shared, 1), draws(shared, 2)]))
+    found = []
+    for _ in range(2): np.random.seed(1); found += [draws("global"), draws("global")]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and not torch.equal(found[0], found[1])
+    tapes = [qml.tape.QuantumScript([qml.RX(0.3, 0)], [qml.sample(wires=0)], shots=50)] * 2
+    a, b = GausssafeQubit(wires=1, seed=0).execute(tapes)
+    assert not np.array_equal(a, b)
+
+
+def test_a_memory_limit_does_not_change_what_is_drawn():
+    x, w = torch.rand(60, 3), weights(dtype=torch.float32)
+    devices = [GausssafeQubit(wires=3, seed=0, memory_limit=m) for m in (None, "30kB")]
+    free, tight = (qml.set_shots(qml.QNode(shot_node(DRAWN["mixed"]).func, device), 20) for device in devices)
+    for a, b in zip(free(x, w), tight(x, w), strict=True): assert torch.equal(a, b)
+    assert tight.device.plan(qml.workflow.construct_tape(tight)(x, w)).chunk_size < 60
+
+
+def test_shots_and_what_is_measured_are_structure():
+    device, x, w = GausssafeQubit(wires=3, seed=0), torch.rand(2, 3, dtype=torch.float64), weights()
+    def node(measure, shots): return qml.set_shots(qml.QNode(shot_node(measure).func, device), shots)
+    assert len(node(lambda: qml.counts(), 1)(x, w)[0]) == 1 and len(node(DRAWN["counts_all"], 1)(x, w)[0]) == 8
+    assert node(DRAWN["sample"], 7)(x, w).shape == (2, 7, 2) and node(DRAWN["sample"], 9)(x, w).shape == (2, 9, 2)
+    exact = node(DRAWN["expval"], None)(x, w)
+    assert (exact - stock_node(DRAWN["expval"], shots=None)(x, w)).abs().max() < 1e-13
+    for number in (1.0, 3.0):  # 10^4 shots: within 6 standard errors, at most 1.8 each
+        drawn = node(lambda c=number: qml.shadow_expval(c * qml.X(0)), 10_000)(x, w)
+        assert (drawn - number * exact).abs().max() < 6 * 1.8 * number / 100
+
+
+def total(found):
+    "The numbers of a result, each with a weight of its own"
+    found = [f for f in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(f, torch.Tensor) and f.requires_grad]
+    return sum((i + 1) * f.sum() for i, f in enumerate(found))
+
+
+EXACT = {
+    "probs": DRAWN["probs"],
+    "list": DRAWN["list"],
+    "mixed": lambda: (qml.expval(qml.Z(0)), qml.probs(wires=[2]), qml.expval(qml.Z(0))),
+    "mixed_counts": lambda: (qml.expval(qml.Y(0)),),
+}
+
+
+@pytest.mark.parametrize("method", ["backprop", "adjoint", "device"])
+def test_methods_asked_for_by_name_give_the_exact_gradient(method):
+    for name in EXACT:
+        grads = []
+        for node in (shot_node(DRAWN[name], diff_method=method), shot_node(EXACT[name], shots=None)):
+            x, w = torch.full((4, 3), 0.4, dtype=torch.float64, requires_grad=True), weights().requires_grad_()
+            grads.append(torch.autograd.grad(total(node(x, w)), (x, w)))
+        for a, b in zip(*grads, strict=True): assert (a - b).abs().max() < 1e-12
+    if method == "backprop": return
+    x, w = qml.numpy.array([0.3, 0.1, 0.8]), qml.numpy.array(weights().numpy())
+    nodes = shot_node(DRAWN["probs"], diff_method=method), stock_node(DRAWN["probs"], shots=None)
+    for a, b in zip(*(qml.jacobian(node)(x, w) for node in nodes), strict=True): assert np.abs(a - b).max() < 1e-12
+
+
+def test_best_is_the_parameter_shift_rule():
+    "300 drawn gradients: their mean within 5 standard errors of the exact one (18 entries: about 1 in 10^5)"
+    x = torch.tensor([0.3, 0.1, 0.8], dtype=torch.float64)
+    def gradient(node):
+        w = weights(1).requires_grad_()
+        return torch.autograd.grad(node(x, w), w)[0]
+    ours, exact = shot_node(DRAWN["expval"], shots=50), gradient(shot_node(DRAWN["expval"], shots=None))
+    drawn = torch.stack([gradient(ours) for _ in range(300)])
+    assert ((drawn.mean(0) - exact).abs() <= 5 * drawn.std(0) / math.sqrt(300) + 1e-9).all() and drawn.std(0).max() > 0.05
+    assert len(ours.device._families) < 5
+    batch = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="broadcasted"): torch.autograd.grad(ours(batch, weights(1)).sum(), batch)
+
+
+@pytest.mark.parametrize(("measure", "shots", "message"), [
+    (lambda: qml.sample(qml.Z(0)), 10, "sample of an observable is not supported: rotate into its basis"),
+    (lambda: qml.probs(op=qml.X(0) @ qml.Y(1)), 10, "probs of an observable are not drawn with shots: rotate"),
+    (lambda: qml.var(qml.Z(0)), 10, "VarianceMP is not supported: return expval"),
+    (lambda: qml.counts(), None, "needs a number of shots: use qml.set_shots"),
+])
+def test_measurements_that_cannot_be_say_so_whatever_the_parameters(measure, shots, message):
+    with pytest.raises(UnsupportedCircuit, match=message): shot_node(measure, shots)(torch.rand(5, 3), weights().requires_grad_())
