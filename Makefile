@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SETTINGS := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture bench notebooks check nbdev3 readme docs lab clean
+.PHONY: help demo test test-slow torture bench bench-circuits notebooks check nbdev3 readme docs lab clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gausssafe needs Python >= 3.11, and $(PYTHON) is older or missing: try make PYTHON=python3.12"; exit 1; }
@@ -47,6 +47,9 @@ torture: $(VENV)/.dev $(VENV)/.lab  ## kill, flood and starve it, many times ove
 
 bench: $(VENV)/.dev  ## measure us against the reports' way; tables and JSON in benchmarks/results
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+bench-circuits: $(VENV)/.dev  ## circuits against their peers (those that are installed): table, figure and JSON in benchmarks/results
+	$(BIN)/python benchmarks/circuits.py
 
 notebooks: $(VENV)/.dev  ## export the notebooks to gausssafe/ and clean them
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
