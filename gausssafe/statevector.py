@@ -551,6 +551,8 @@ class Pool:
     def __init__(self):
         self.free, self.lock = {}, threading.Lock()
 
+    def __reduce__(self): return Pool, ()  # a copy of an engine makes workspaces of its own
+
     def take(self, key, make):
         with self.lock:
             stack = self.free.get(key)
@@ -618,7 +620,7 @@ class StateVector:
         return itemsize * (4 * self.rows + 4 * len(self.lanes) + 2 * self.read.n_channels + len(self.lanes))
 
     def fixed_bytes(self, itemsize: int) -> int:
-        return self.rows * self.program.n_tables * 3 * itemsize + 64 * (len(self.shared) + 1)
+        return self.rows * (self.program.n_tables * 3 * itemsize + 8 * len(self.read.places)) + 64 * (len(self.shared) + 1)
 
     def batch_bytes(self, itemsize: int) -> int:
         "Bytes that each sample needs for cosines, sines and slopes of its angles, and for results on their way"
