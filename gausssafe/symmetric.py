@@ -17,6 +17,7 @@ import numpy as np
 from .heisenberg import Heisenberg, expand, preparation_groups, split_preparation
 from .rotations import Rotations, rotations_of
 from gausssafe.statevector import (
+    LeanStateVector,
     Pool,
     Readout,
     Saved,
@@ -335,11 +336,11 @@ ENGINES = {"heisenberg": Heisenberg, "symmetric": Symmetric, "statevector": Stat
 
 
 def _candidates(rotations, sampled, engine):
-    "Names of engines, the one that is likely the fastest first"
-    if engine != "auto": yield engine; return
-    if expand(rotations, sampled): yield "heisenberg"
-    if is_worthwhile(rotations, sampled): yield "symmetric"
-    yield "statevector"
+    "Kinds of engines, the one that is likely the fastest first"
+    if engine in ("heisenberg", "symmetric"): yield ENGINES[engine]
+    if engine == "auto" and expand(rotations, sampled): yield Heisenberg
+    if engine == "auto" and is_worthwhile(rotations, sampled): yield Symmetric
+    if engine in ("auto", "statevector"): yield from (StateVector, LeanStateVector)
 
 
 def choose_engine(
@@ -349,7 +350,7 @@ def choose_engine(
 ):  # It is shared by all plans of the same circuit
     "The Pauli words if they are few, the symmetric space if it is small, the states otherwise or where those do not fit the limit"
     rotations, sampled = rotations_of(circuit), circuit.per_slot_sample
-    for name in _candidates(rotations, sampled, engine):
-        found = shared_engine(ENGINES[name], rotations, sampled)
+    for kind in _candidates(rotations, sampled, engine):
+        found = shared_engine(kind, rotations, sampled)
         if limit_bytes is None or found.bytes(1, 8, 1, False) <= limit_bytes: break
     return found

@@ -14,7 +14,8 @@ MB = 10**6
 FAST = [
     ("statevector", 10, 1, 1, 16, 0), ("statevector", 10, 12, 5, 4096, 0), ("statevector", 18, 1, 5, 1, 0), ("symmetric", 14, 1, 20, 4096, 0),
     ("symmetric", 10, 12, 5, 65536, 0), ("heisenberg", 14, 1, 20, 65536, 0), ("auto", 18, 1, 5, 4096, 0),
-    ("auto", 14, 12, 5, 1, 0), ("auto", 4, 12, 20, 65536, 0), ("probs", 4, 2, 20, 65536, 20), ("auto", 4, 1, 20, 65536, 20), ("symmetric", 20, 12, 500, 16, 0),
+    ("auto", 14, 12, 5, 1, 0), ("auto", 4, 12, 20, 65536, 0), ("probs", 4, 2, 20, 65536, 20), ("auto", 4, 1, 20, 65536, 20),
+    ("symmetric", 20, 12, 500, 16, 0), ("statevector", 16, 12, 5, 1, 0),
 ]  # (engine, qubits, layers, limit in MB, batch, shots)
 
 
@@ -71,7 +72,8 @@ def forked(case):
 
 
 def main(cases):
-    for engine, batch, limit in itertools.product(("heisenberg", "symmetric", "statevector"), (1, 300), (5000, MB)): rise(engine, 3, 1, limit, batch, 0)
+    engines = "heisenberg", "symmetric", "statevector"
+    for engine, batch, limit in itertools.product(engines, (1, 300), (5000, MB)): rise(engine, 3, 1, limit, batch, 0)
     for engine, batch in itertools.product(("auto", "probs"), (1, 300)): rise(engine, 3, 1, MB, batch, 20)
     print(json.dumps([forked(case) for case in cases]))
 

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gausssafe.circuits import compile_circuit
+from gausssafe.statevector import LeanStateVector
 
 AFTER1, AFTER2 = [qml.RX, qml.RY, qml.RZ, qml.PhaseShift], [qml.CRX, qml.CRY, qml.CRZ, qml.IsingXX, qml.IsingZZ, qml.ControlledPhaseShift]
 MEASURED = {
@@ -80,3 +81,30 @@ def test_random_encodings_agree(program, batch): agrees(program, batch)
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @any_encoding
 def test_hundreds_of_random_encodings_agree(program, batch): agrees(program, batch)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(encoded(), st.sampled_from([1, 5, 70]))
+def test_without_room_for_diagonals_phases_are_passes(program, batch):
+    shapes = {"inputs": (3,), "w": (3,)}
+    x, w = torch.rand(batch, 3, dtype=torch.float64) * 1.8 - 0.9, torch.rand(3, dtype=torch.float64) * 6 - 3
+    whole, lean = (compile_circuit(built(program), shapes, engine="statevector", memory_limit=limit) for limit in ("1GB", 1))
+    lean.limit_bytes = 10**7
+    assert isinstance(lean._engine, LeanStateVector) and not lean._engine.program.n_tables
+    for a, b in zip(run(lean, x, w), run(whole, x, w), strict=True): assert (a - b).abs().max() <= 1e-12 * max(1, b.abs().max())
+
+
+def layered(inputs, w):
+    for i in range(10): qml.RY(torch.arcsin(inputs[0]), wires=i)
+    for row in w:
+        for i in range(10): qml.RY(row[i], wires=i)
+        for i in range(9): qml.IsingZZ(row[i], wires=[i, i + 1])
+    return [qml.expval(qml.Z(i)) for i in range(10)]
+
+
+def test_auto_takes_an_engine_that_fits_and_depth_costs_no_states():
+    plans = [compile_circuit(layered, {"inputs": (1,), "w": (60, 10)}, memory_limit=limit) for limit in ("50MB", "200kB")]
+    assert [plan.engine for plan in plans] == ["symmetric", "statevector"]
+    x, w = torch.rand(3, 1, dtype=torch.float64), torch.rand(60, 10, dtype=torch.float64)
+    for a, b in zip(*(run(plan, x, w) for plan in plans), strict=True): assert (a - b).abs().max() <= 1e-11 * max(1, b.abs().max())
+    assert plans[1].estimate_bytes(3, dtype=torch.float64) < 200_000 < plans[0].estimate_bytes(3, dtype=torch.float64)
