@@ -44,6 +44,15 @@ class _Evaluate(torch.autograd.Function):
         return None, *ctx.plan._split(*ctx.plan._backward(ctx.saved, grad.numpy().T, ctx.plan._samples_too(needed)), tensors, needed)
 
 
+def _applied(function, *args):
+    "A function of autograd, with a word of advice where functorch asks for more than it has"
+    try: return function.apply(*args)
+    except RuntimeError as error:
+        if "functorch" not in str(error): raise
+        raise InvalidInput("a compiled circuit takes whole batches and torch.autograd; torch.func (vmap, grad, jacrev, ...) cannot look into it. "
+                           "Call it on the batch itself, and use torch.autograd.grad or torch.autograd.functional.jacobian.") from error
+
+
 _NO_SECOND = (
     "create_graph=True reached a compiled circuit, which has no second derivatives. Detach its output where they are not meant, "
     "or use a QNode with diff_method='backprop'."
@@ -70,17 +79,19 @@ def _check_latents(name, tensor):
     outside = int((tensor.abs() > 1).sum())
     if outside:
         raise InvalidInput(
-            f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.3g}), "
+            f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.9g}), "
             "and the circuit takes their arcsine. Scale or clamp them first."
         )
 
 
 def _check_shape(name, tensor, shape, batched):
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float64):
-        raise InvalidInput(f"{name} must be a tensor of float32 or float64, not {getattr(tensor, 'dtype', type(tensor).__name__)}.")
+        got = tensor.dtype if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}: use torch.as_tensor"
+        raise InvalidInput(f"{name} must be a tensor of float32 or float64, not {got}.")
     if tuple(tensor.shape[1:] if batched else tensor.shape) != tuple(shape):
         want = ("batch, " if batched else "") + ", ".join(map(str, shape))
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}; the circuit was compiled for ({want}).")
+    if not tensor.numel(): raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}, no samples: give a batch of at least one.")
 
 # %% ../nbs/22_circuits.ipynb #2e5f9711
 _CPU = torch.device("cpu")
@@ -99,7 +110,7 @@ class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
-        self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, choose_engine(circuit, engine)
+        self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, choose_engine(circuit, engine, limit_bytes)
         entries = entries_of(circuit)
         tables = AngleTable(self._engine.shared, entries), AngleTable(self._engine.lanes, entries)
         self._kinds = tuple(m.kind for m in circuit.measurements)
@@ -128,7 +139,7 @@ class ExecutionPlan:
     def __call__(self, **arguments: torch.Tensor) -> torch.Tensor:  # (batch, n_results)
         "Run the circuit on a batch; differentiable in every argument"
         tensors, device = self._prepared(arguments)
-        return _to(_Evaluate.apply(self, *tensors), device)
+        return _to(_applied(_Evaluate, self, *tensors), device)
 
     def _prepared(self, arguments):
         "Arguments and tangled angles, of one dtype on the CPU; and where they came from"
@@ -369,7 +380,7 @@ class ShotPlan(ExecutionPlan):
 
     def _drawn(self, seed, generator, arguments):
         tensors, device = self._prepared(arguments)
-        numbers, results = _Straight.apply(self, call_seed(seed, generator), *tensors)
+        numbers, results = _applied(_Straight, self, call_seed(seed, generator), *tensors)
         return _to(numbers, device), results
 
     def _told(self, numbers, results):
@@ -530,6 +541,9 @@ class QuantumLayer(torch.nn.Module):
         return {name: getattr(self, name) for name in self.shapes}
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # (..., n_results) for inputs (..., n_features)
+        if not isinstance(inputs, torch.Tensor) or not inputs.ndim or not inputs.numel():
+            got = f"shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else f"a {type(inputs).__name__}"
+            raise InvalidInput(f"inputs must be a tensor of shape (..., n_features) with at least one sample, not {got}.")
         plan, lead = self.plan(inputs.shape[-1]), inputs.shape[:-1]
         weights = {name: getattr(self, name).to(inputs) for name in self.shapes}
         found = plan(inputs=inputs.reshape(-1, inputs.shape[-1]), **weights)

@@ -112,7 +112,8 @@ class BitDraw(Draw):
         self.masks = np.array([sum(place[wire] for wire in own) for _, own, _ in words], dtype=np.int64)
 
     def extra_bytes(self, batch, itemsize, shots):
-        each = (itemsize << len(self.wires)) + 8 * len(self.words) + (24 * shots if self.readers else 0)
+        told = max((8 << len(m.wires) for _, m in self.readers if m.kind == "probs"), default=0)
+        each = (itemsize << len(self.wires)) + 8 * len(self.words) + told + (24 * shots if self.readers else 0)
         return batch * each + (20 << len(self.wires)) + 8 * min(len(self.masks) << len(self.wires), 1 << 20)
 
     def read(self, channels, saved, shots, seed, first, into):
@@ -131,7 +132,11 @@ class BitDraw(Draw):
         own = marginal(categories, places, len(self.wires))
         if measurement.kind == "sample": into.keep(target, bits_of(own, n))
         elif measurement.kind == "counts": into.keep(target, count_words(own, n, measurement.all_outcomes))
-        else: into.add(target, first, np.stack([np.bincount(row, minlength=1 << n) for row in own], 1) / own.shape[1])
+        else:
+            found = np.empty((1 << n, len(own)))
+            for i, row in enumerate(own): found[:, i] = np.bincount(row, minlength=1 << n)
+            found /= own.shape[1]
+            into.add(target, first, found)
 
     def describe(self): return f"bit strings of {len(self.wires)} wires, from {1 << len(self.wires)} probabilities"
 

@@ -17,6 +17,7 @@ import numpy as np
 from .heisenberg import Heisenberg, expand, preparation_groups, split_preparation
 from .rotations import Rotations, rotations_of
 from gausssafe.statevector import (
+    LeanStateVector,
     Pool,
     Readout,
     Saved,
@@ -123,18 +124,38 @@ def dicke_slopes(a: np.ndarray, b: np.ndarray, size: int, slopes: np.ndarray) ->
     return to_a.sum(0), to_b.sum(0)
 
 # %% ../nbs/16_symmetric.ipynb #0afc581e
-def _observed(read: Readout, channel: int, states: np.ndarray) -> np.ndarray:
-    "A measured word, or the projector on an outcome, applied to states (2^n, k)"
-    if channel >= len(read.words): return (read.places == channel - len(read.words)).any(0)[:, None] * states
+_BLOCK = 1 << 15  # Amplitudes that are looked at together
+
+
+def _blocks(n_rows, dimension):
+    size = max(1, _BLOCK // dimension)
+    for first in range(0, n_rows, size): yield np.arange(first, min(first + size, n_rows))
+
+
+def _states(psi: np.ndarray, at: np.ndarray, dimension: int) -> np.ndarray:
+    "Rows of a tile (2^n, 2 T) as complex states (len(at), dimension)"
+    half, found = psi.shape[1] // 2, np.empty((len(at), dimension), np.result_type(psi, np.complex64))
+    found.real, found.imag = psi[at, :dimension], psi[at, half:half + dimension]
+    return found
+
+
+def _observed(read: Readout, channel: int, psi: np.ndarray, at: np.ndarray, dimension: int) -> np.ndarray:
+    "Rows of what a measured word, or the projector on an outcome, makes of the states"
+    if channel >= len(read.words): return (read.places[:, at] == channel - len(read.words)).any(0)[:, None] * _states(psi, at, dimension)
     x, z, odd = (int(v) for v in read.words[channel])
-    p = np.arange(len(states))
-    sign = (1 - 2 * (np.bitwise_count(p & z).astype(int) & 1)).astype(states.real.dtype)[:, None]
-    return (sign * states * states.dtype.type(1j if odd else 1))[p ^ x]
+    factor = psi.dtype.type(1) * (1j if odd else 1) * (1 - 2 * (np.bitwise_count((at ^ x) & z) & 1).astype(psi.dtype))
+    found = _states(psi, at ^ x, dimension)
+    found *= factor[:, None]
+    return found
 
 
-def _matrices(read, states):
-    "(n_channels, k, k): every measured operator between the states"
-    return np.stack([states.conj().T @ _observed(read, i, states) for i in range(read.n_channels)])
+def _matrices(read, psi, forms):
+    "Fill (n_channels, k, k): every measured operator between the states"
+    k = forms.shape[1]
+    forms[:] = 0
+    for at in _blocks(len(psi), k):
+        bras = _states(psi, at, k).conj().T
+        for i in range(read.n_channels): forms[i] += bras @ _observed(read, i, psi, at, k)
 
 # %% ../nbs/16_symmetric.ipynb #1fcfa70c
 _TILE = 256
@@ -168,8 +189,9 @@ class Symmetric:
 
     def fixed_bytes(self, itemsize: int) -> int:
         d = self.fold.dimension
-        states = itemsize * self.rows * (6 * self.width + 6 * d + 3 * self.program.n_tables)
-        return states + itemsize * 4 * self.read.n_channels * d * d + 64 * (len(self.shared) + 1)
+        states = self.rows * (itemsize * (6 * self.width + 3 * self.program.n_tables) + 40 + 8 * len(self.read.places))
+        block = 20 * min(self.rows * d, max(d, _BLOCK))
+        return states + itemsize * (block + 6 * self.read.n_channels * d * d) + 64 * (len(self.shared) + 1)
 
     def lane_bytes(self, itemsize: int) -> int:
         "Bytes of a sample in the tile: its coefficients, the forms applied to them, and slopes"
@@ -191,17 +213,11 @@ class Symmetric:
 
 # %% ../nbs/16_symmetric.ipynb #17b87a30
 def _fold_workspace(engine, dtype):
-    p, shape = engine.program, (engine.rows, 2 * engine.width)
+    p, shape, d = engine.program, (engine.rows, 2 * engine.width), engine.fold.dimension
     def new(*shape): return np.empty(shape, dtype)
     return dict(psi=new(*shape), walked=new(*shape), lam=new(*shape), tables=new(p.n_tables, engine.rows, 2), turns=new(len(p.angles), 2),
                 table_slope=new(p.n_tables, engine.rows), shared_slope=np.empty(len(p.angles)), lanes=np.ones((1, shape[1]), dtype),
-                no_slopes=new(0, engine.width))
-
-
-def _states(engine, tile):
-    "A tile (2^n, 2 T) as complex states (2^n, dimension)"
-    d, half = engine.fold.dimension, engine.width
-    return tile[:, :d] + tile.dtype.type(1) * 1j * tile[:, half:half + d]
+                no_slopes=new(0, engine.width), forms=np.empty((engine.read.n_channels, d, d), np.result_type(dtype, np.complex64)))
 
 
 def _evolve(engine, work, half_angles):
@@ -214,7 +230,6 @@ def _evolve(engine, work, half_angles):
     psi[:] = 0
     psi[inside, f.column[inside]] = f.amplitude[inside]
     run_steps(psi, p.steps, p.masks, p.values, work["turns"], work["tables"], work["lanes"], work["lanes"])
-    return _states(engine, psi)
 
 # %% ../nbs/16_symmetric.ipynb #4005aa9a
 def _turns_of(engine, half_shared, half_lanes, dtype):
@@ -250,7 +265,8 @@ def _run_fold(engine, bound, values, numbers, tile):
     out = np.empty((engine.read.n_channels, batch), dtype)
     if not saved.fine: return out, saved
     work["half"] = tables[0].angles(numbers) / 2
-    work["forms"] = _matrices(engine.read, _evolve(engine, work, work["half"]))
+    _evolve(engine, work, work["half"])
+    _matrices(engine.read, work["psi"], work["forms"])
     for first in range(0, batch, tile):
         *_, phi = _tile_coefficients(engine, saved, first)
         np.sum((phi.conj() * (work["forms"] @ phi)).real, 1, out=out[:, first:first + tile])
@@ -293,10 +309,10 @@ def _add_turn_slopes(engine, turns, pairs, slopes, lane_slope, prepared):
 def _unevolve(engine, work, sums):
     "Slopes of the shared angles from the sums K of every channel"
     p, d, half, lam = engine.program, engine.fold.dimension, engine.width, work["lam"]
-    states = _states(engine, work["psi"])
-    cotangent = sum(_observed(engine.read, i, states @ k) for i, k in enumerate(sums))
     lam[:] = 0
-    lam[:, :d], lam[:, half:half + d] = cotangent.real, cotangent.imag
+    for at in _blocks(engine.rows, d):
+        cotangent = sum(_observed(engine.read, i, work["psi"], at, d) @ k for i, k in enumerate(sums))
+        lam[at, :d], lam[at, half:half + d] = cotangent.real, cotangent.imag
     work["walked"][:] = work["psi"]
     work["shared_slope"][:], work["table_slope"][:] = 0, 0
     back_tile(work["walked"], lam, p.steps, p.grad_from, p.masks, p.values, work["turns"], work["tables"], work["lanes"], work["lanes"],
@@ -319,13 +335,22 @@ def shared_engine(kind, rotations, per_slot_sample):
 ENGINES = {"heisenberg": Heisenberg, "symmetric": Symmetric, "statevector": StateVector}
 
 
+def _candidates(rotations, sampled, engine):
+    "Kinds of engines, the one that is likely the fastest first"
+    if engine in ("heisenberg", "symmetric"): yield ENGINES[engine]
+    if engine == "auto" and expand(rotations, sampled): yield Heisenberg
+    if engine == "auto" and is_worthwhile(rotations, sampled): yield Symmetric
+    if engine in ("auto", "statevector"): yield from (StateVector, LeanStateVector)
+
+
 def choose_engine(
     circuit: Circuit,  # As traced
     engine: str = "auto",  # Or the name of one
+    limit_bytes: int | None = None,  # Of the plan
 ):  # It is shared by all plans of the same circuit
-
-    "The Pauli words if they are few, the symmetric space if it is small, the states otherwise"
+    "The Pauli words if they are few, the symmetric space if it is small, the states otherwise or where those do not fit the limit"
     rotations, sampled = rotations_of(circuit), circuit.per_slot_sample
-    if engine == "auto":
-        engine = "heisenberg" if expand(rotations, sampled) else "symmetric" if is_worthwhile(rotations, sampled) else "statevector"
-    return shared_engine(ENGINES[engine], rotations, sampled)
+    for kind in _candidates(rotations, sampled, engine):
+        found = shared_engine(kind, rotations, sampled)
+        if limit_bytes is None or found.bytes(1, 8, 1, False) <= limit_bytes: break
+    return found

@@ -1,7 +1,9 @@
 "Plans against default.qubit and against a slow state vector: random gates, wires, templates, data re-uploading, chunks, limits"
 
+import copy
 import functools
 import math
+import pickle
 import subprocess
 import sys
 import threading
@@ -438,7 +440,10 @@ def test_what_cannot_be_compiled(circuit, message):
         (torch.tensor([[0.2], [math.nan]]), NotFinite, "inputs: 1 of 2"),
         (torch.zeros(3, 2), InvalidInput, r"shape \(3, 2\); the circuit was compiled for \(batch, 1\)"),
         (torch.zeros(3, 1, dtype=torch.int64), InvalidInput, "float32 or float64"),
-        (torch.zeros(3, 3, dtype=torch.float16), InvalidInput, "float32 or float64, not torch.float16"),
+        (torch.zeros(3, 1, dtype=torch.float16), InvalidInput, "float32 or float64, not torch.float16"),
+        ([[0.1]], InvalidInput, "not a list: use torch.as_tensor"),
+        (torch.zeros(0, 1), InvalidInput, "no samples: give a batch of at least one"),
+        (torch.full((1, 1), 1 + 3e-7), InvalidInput, "largest magnitude 1.00000036"),
     ],
 )
 def test_bad_arguments(engine, x, error, message):
@@ -473,3 +478,17 @@ def test_importing_does_not_import_pennylane():
 def test_equal_circuits_share_an_engine():
     plans = [compile_circuit(deep, {"inputs": (3,), "w": (2, 3, 3)}) for _ in range(2)]
     assert plans[0]._engine is plans[1]._engine
+
+
+def test_a_layer_that_has_run_is_copied_and_pickled():
+    layer, x = QuantumLayer(deep, {"w": (2, 3, 3)}), torch.rand(4, 3)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y) and torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+    for bad in ([[0.1, 0.2, 0.3]], torch.tensor(0.1), torch.zeros(0, 3)):
+        with pytest.raises(InvalidInput, match="with at least one sample, not"): layer(bad)
+
+
+def test_functorch_is_told_what_to_use_instead():
+    plan, x, w = compile_circuit(deep, {"inputs": (3,), "w": (1, 3, 3)}), torch.rand(4, 3), torch.rand(1, 3, 3)
+    for call in (torch.func.grad(lambda w: plan(inputs=x, w=w).sum()), torch.vmap(lambda w: plan(inputs=x, w=w[None]))):
+        with pytest.raises(InvalidInput, match="use torch.autograd.grad"): call(w)
