@@ -504,7 +504,7 @@ def readout(rotations: Rotations) -> Readout:
         row += size
     plain = not places and coefficients.shape[0] == coefficients.shape[1] and bool((coefficients == np.eye(len(words))).all())
     return Readout(np.array(words, dtype=np.int64).reshape(-1, 3), sum(w[0] == 0 for w in words), coefficients,
-                   np.array(places, dtype=np.int64).reshape(len(places), 1 << rotations.n_qubits), tuple(rows), len(words) + channel, plain)
+                   np.array(places, dtype=np.int64).reshape(len(places), -1 if places else 0), tuple(rows), len(words) + channel, plain)
 
 # %% ../nbs/14_statevector.ipynb #87e03bdc
 def results_from(read: Readout, kinds: tuple[str, ...], channels: np.ndarray) -> np.ndarray:

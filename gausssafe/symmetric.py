@@ -14,6 +14,7 @@ from functools import reduce
 
 import numpy as np
 
+from .errors import InvalidInput
 from .heisenberg import Heisenberg, expand, preparation_groups, split_preparation
 from .rotations import Rotations, rotations_of
 from gausssafe.statevector import (
@@ -32,6 +33,7 @@ from gausssafe.statevector import (
     slopes_of_values,
 )
 from .trace import Circuit
+from .units import format_bytes
 
 # %% ../nbs/16_symmetric.ipynb #cf8c54a7
 @dataclass(frozen=True)
@@ -337,9 +339,12 @@ ENGINES = {"heisenberg": Heisenberg, "symmetric": Symmetric, "statevector": Stat
 
 def _candidates(rotations, sampled, engine):
     "Kinds of engines, the one that is likely the fastest first"
-    if engine in ("heisenberg", "symmetric"): yield ENGINES[engine]
-    if engine == "auto" and expand(rotations, sampled): yield Heisenberg
-    if engine == "auto" and is_worthwhile(rotations, sampled): yield Symmetric
+    n = rotations.n_qubits
+    if n > 62: raise InvalidInput(f"{n} qubits: Pauli words are kept in 64 bits, so a circuit has at most 62.")
+    if engine == "heisenberg" or (engine == "auto" and expand(rotations, sampled)): yield Heisenberg
+    if engine == "heisenberg": return
+    if n > 30: raise InvalidInput(f"{n} qubits need states of 2^{n} amplitudes, {format_bytes(8 << n)} each. Use fewer layers, or fewer qubits.")
+    if engine == "symmetric" or (engine == "auto" and is_worthwhile(rotations, sampled)): yield Symmetric
     if engine in ("auto", "statevector"): yield from (StateVector, LeanStateVector)
 
 
