@@ -147,7 +147,7 @@ def test_estimates_are_those_of_pennylane(seed, n_words, k):
         assert abs(float(shadow_expval(torch.as_tensor(bits), torch.as_tensor(recipes), observables[0], k=k, wires=wires)[row]) - single) < 1e-10
 
 
-FEW, MANY = ["XI", "IZ", "XZ"], ["XI", "IZ", "XZ", "YY", "ZX", "IY"]
+FEW, MANY = ["XI", "IZ", "XZ"], ["XI", "IZ", "XZ", "YY", "ZX", "IY", "ZZ"]
 
 
 def bell(inputs, w):
