@@ -355,7 +355,11 @@ def choose_engine(
 ):  # It is shared by all plans of the same circuit
     "The Pauli words if they are few, the symmetric space if it is small, the states otherwise or where those do not fit the limit"
     rotations, sampled = rotations_of(circuit), circuit.per_slot_sample
+    engines = []
     for kind in _candidates(rotations, sampled, engine):
-        found = shared_engine(kind, rotations, sampled)
-        if limit_bytes is None or found.bytes(1, 8, 1, False) <= limit_bytes: break
-    return found
+        engines.append(shared_engine(kind, rotations, sampled))
+        if limit_bytes is None or _least_bytes(engines[-1]) <= limit_bytes: return engines[-1]
+    return min(engines, key=_least_bytes)  # Which will refuse, with the fewest bytes
+
+
+def _least_bytes(engine): return engine.bytes(1, 8, 1, False)
