@@ -123,7 +123,8 @@ def test_a_limit_is_kept(share):
 
 def test_what_cannot_fit_is_refused_before_it_is_tried():
     noise = QuantumNoise(20, 2, memory_limit="10kB")
-    with pytest.raises(MemoryBudgetExceeded, match=r"20 qubits x batch 4 needs 1\d.\d kB; 10.0 kB of the 10.0 kB budget is left. Even one sample needs"): noise(4)
+    message = r"20 qubits x batch 4 needs 1\d.\d kB; 10.0 kB of the 10.0 kB budget is left. Even one sample needs"
+    with pytest.raises(MemoryBudgetExceeded, match=message): noise(4)
 
 
 @pytest.mark.parametrize(("call", "message"), [
