@@ -437,7 +437,7 @@ def _threads(n_threads):
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/25_wgan.ipynb #ed4e7365
-def _circuit_weights(gan): return gan.noise.weights.detach().numpy().copy() if isinstance(gan.noise, QuantumNoise) else None
+def _circuit_weights(gan): return gan.noise.weights.detach().numpy().copy() if hasattr(gan.noise, "weights") else None
 
 
 def _run_epochs(training, judge, monitor, samples, scores, progress, callback):
