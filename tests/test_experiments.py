@@ -48,5 +48,6 @@ def test_quantum_gan(tmp_path, noise):
 
 
 def test_a_parameter_that_cannot_be_is_told_in_the_notebook(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="InvalidInput: noise: Input should be 'normal', 'uniform', 'quantum' or 'shadow', not 'quantom'"):
+    message = "InvalidInput: noise: Input should be 'normal', 'uniform', 'quantum' or 'shadow', not 'quantom'"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
         run("quantum_gan", tmp_path, noise="quantom")
