@@ -293,15 +293,20 @@ def timed(steps, inputs, budget_s):
 
 
 def checked(steps, kind, n, layers):
-    "Largest errors of value and gradient (relative in norm) against default.qubit in float64, on 8 samples"
-    x, w = next(draws(kind, n, layers, 8, np.float64, seed=1))
-    if n > 14:
-        return {}
-    y, g = (np.asarray(v) for v in broadcasting(kind, n, layers)(x, w))
+    "Largest errors of value and gradient (relative in norm) against default.qubit in float64, on 8 samples; of values alone, on 2, past 14 qubits"
+    large = n > 14
+    x, w = next(draws(kind, n, layers, 2 if large else 8, np.float64, seed=1))
+    if large:
+        circuit = qnode(kind, n, torch, diff_method=None)
+        y = torch.stack([torch.stack(circuit(torch.from_numpy(row), torch.from_numpy(w))) for row in x]).numpy()
+    else:
+        y, g = (np.asarray(v) for v in broadcasting(kind, n, layers)(x, w))
     found = {}
     for name, step in steps.items():
         a, b = (np.asarray(v) for v in step(x.astype(np.float32), w.astype(np.float32)))
-        found[name] = {"value": float(np.abs(a - y).max()), "gradient": float(np.linalg.norm(b - g) / np.linalg.norm(g))}
+        found[name] = {"value": float(np.abs(a - y).max())}
+        if not large:
+            found[name]["gradient"] = float(np.linalg.norm(b - g) / np.linalg.norm(g))
     return found
 
 
@@ -334,7 +339,7 @@ def table(rows):
         ms, error = r["ms"], r["errors"].get("ours", {})
         ratios = [f"{ms[p] / ms['ours']:.0f}x" if p in ms else "-" for p in ("broadcasting", "tensorcircuit")]
         cells = [f"{ms[p]:.3g}" if p in ms else "-" for p in PEERS]
-        errors = [f"{error[k]:.1e}" if error else "-" for k in ("value", "gradient")]
+        errors = [f"{error[k]:.1e}" if k in error else "-" for k in ("value", "gradient")]
         lines.append("| " + " | ".join([r["group"], r["case"], r["engine"], *cells, *ratios, *errors]) + " |")
     return "\n".join(lines)
 
