@@ -152,7 +152,7 @@ class TensorState:
 
     def batch_bytes(self, itemsize: int) -> int:
         "Bytes of each sample outside the tiles: angles, cosines, sines and slopes, and channels on their way"
-        return itemsize * (4 * len(self.lanes) + 3 * self.read.n_channels)
+        return itemsize * (6 * len(self.lanes) + 4 * self.read.n_channels)
 
     def lane_bytes(self, itemsize: int) -> int:
         "Bytes of one lane: state and cotangent, one of them moved, and what comes and goes with it"

@@ -74,11 +74,11 @@ def test_chunks_do_not_change_the_answer(batch, limit):
     for a, b in zip(*found, strict=True): assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
 
 
-@pytest.mark.parametrize("limit", [24_000, 36_000, 52_000])
+@pytest.mark.parametrize("limit", [30_000, 45_000, 64_000])
 def test_logical_bytes_stay_within_the_limit(limit):
     (z, w), run = drawn(32, torch.float32), elsewhere(plan_of(limit))
     with count_tensor_bytes() as count: run(z=z, w=w).sum().backward()
-    assert 0.3 * limit < count.peak_bytes - 4 * (32 * 10 + 32 * 2 + 15) <= limit  # beyond results and gradients
+    assert 0.6 * limit < count.peak_bytes - 4 * (32 * 10 + 32 * 2 + 15) <= limit  # beyond results and gradients
 
 
 def test_single_precision():
