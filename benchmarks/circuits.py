@@ -1,6 +1,6 @@
 """Circuits: peers and us in turn, in one run, forward + backward, fresh latents and moved weights at every timed call.
 
-    python benchmarks/circuits.py [--quick] [--only steps,memory,largest,training] [--out benchmarks/results]
+    python benchmarks/circuits.py [--quick] [--only steps,memory,largest,training] [--cases distinct,n=10] [--out benchmarks/results]
 
 - steps: time of a step. Values and gradients of everybody are compared with default.qubit (float64) in the same run, wherever it can
   hold the circuit. Shallow rows, deep ones (L >= 6) and rows with distinct inputs are apart, and the engine of ours is named.
@@ -344,12 +344,15 @@ def table(rows):
     return "\n".join(lines)
 
 
-def steps_part(options):
-    rows = []
+def steps_part(options, before):
+    "Rows of all cases; those that are not asked for stay as they were"
+    rows = {(row["group"], row["case"]): row for row in before}
     for case in CASES:
-        rows.append(run_case(case, options.quick))
-        print(table(rows[-1:]).splitlines()[-1], {p: why for p, why in rows[-1]["left_out"].items() if ":" in why} or "", flush=True)
-    return rows
+        key = case[-1], case[0]
+        if options.cases and not any(part in " ".join(key) for part in options.cases.split(",")): continue
+        rows[key] = run_case(case, options.quick) | {"load": os.getloadavg()[0]}
+        print(table([rows[key]]).splitlines()[-1], {p: why for p, why in rows[key]["left_out"].items() if ":" in why} or "", flush=True)
+    return [rows[case[-1], case[0]] for case in CASES if (case[-1], case[0]) in rows]
 
 
 def rise_bytes(peer, kind, n, layers, batch):
@@ -392,11 +395,11 @@ def over_qubits(options, measure):
     return found
 
 
-def memory_part(options):
+def memory_part(options, _):
     return over_qubits(options, lambda peer, n: rise_bytes(peer, "reports", n, 2, 256))
 
 
-def largest_part(options):
+def largest_part(options, _):
     "Distinct inputs, L = 4, B = 256: no shallow-circuit trick applies"
     from gausssafe.guard import run_guarded
 
@@ -416,7 +419,7 @@ def largest_part(options):
     return found
 
 
-def training_part(options):
+def training_part(options, _):
     "Medians, in turn: rounds of the GAN, draws of shadow noise"
     from gausssafe import wgan
     from gausssafe.noise import QuantumShadowNoise
@@ -469,10 +472,7 @@ def machine():
     }
 
 
-def figure(results, path):
-    import matplotlib
-
-    matplotlib.use("agg")
+def figure(results):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
@@ -488,7 +488,7 @@ def figure(results, path):
     axes[1].set(xlabel="qubits", ylabel="MB above a step of two samples", title="The reports' circuit, two layers, batch 256")
     axes[0].legend()
     fig.suptitle("Forward and backward, one core")
-    fig.savefig(path, dpi=120)
+    return fig
 
 
 PARTS = {"steps": steps_part, "memory": memory_part, "largest": largest_part, "training": training_part}
@@ -498,6 +498,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats and fewer qubits")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run")
+    parser.add_argument("--cases", help="parts of the names of the steps to measure again; the others stay as they were")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -510,12 +511,15 @@ def main():
     saved = options.out / "circuits.json"
     results = json.loads(saved.read_text()) if saved.exists() else {}
     for name in options.only.split(","):
-        results |= {"machine": machine(), name: PARTS[name](options)}
+        results |= {"machine": machine(), name: PARTS[name](options, results.get(name, []))}
         saved.write_text(json.dumps(results, indent=1))
     if "steps" in results:
         (options.out / "circuits.md").write_text(table(results["steps"]) + "\n")
         print("\n" + table(results["steps"]))
-    figure(results, options.out / "circuits.png")
+    import matplotlib
+
+    matplotlib.use("agg")
+    figure(results).savefig(options.out / "circuits.png", dpi=120)
 
 
 if __name__ == "__main__":

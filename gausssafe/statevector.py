@@ -416,26 +416,8 @@ def _lanes(cosines, sines, first, lane_cos, lane_sin):
 
 
 @_jit
-def forward(
-    states,
-    keep,
-    steps,
-    terms,
-    masks,
-    values,
-    words,
-    n_diagonal,
-    places,
-    half_angles,
-    turns,
-    tables,
-    cosines,
-    sines,
-    lane_cos,
-    lane_sin,
-    out,
-    tile_out,
-):
+def forward(states, keep, steps, terms, masks, values, words, n_diagonal, places, half_angles, turns, tables, cosines, sines,
+            lane_cos, lane_sin, out, tile_out):
     "Expectations and probabilities of a batch; states (n_tiles or 1, 2^n, 2 T)"
     tile = states.shape[2] // 2
     phase_tables(steps, terms, masks, values, half_angles, tables)
@@ -693,74 +675,38 @@ def _workspace(engine, batch, dtype, tile, keep):
     return work
 
 
+_LENT = "turns", "tables", "cosines", "sines", "lane_cos", "lane_sin"
+
+
+def _program(engine):
+    "What the interpreter reads"
+    p, read = engine.program, engine.read
+    return p.steps, p.terms, p.masks, p.values, read.words, read.n_diagonal, read.places
+
+# %% ../nbs/14_statevector.ipynb #6f80ef74
 def _run(engine, bound, values, numbers, tile, keep):
     "Forward: (n_channels, batch) and what backward needs"
-    p, read, batch, dtype, (tables, limits) = engine.program, engine.read, values.shape[1], values.dtype, bound
+    (tables, limits), batch, dtype = bound, values.shape[1], values.dtype
     key = (batch, dtype, tile, keep)
     work = engine.pool.take(key, lambda: _workspace(engine, batch, dtype, tile, keep))
     saved = Saved(engine.pool, key, work, bound, values, numbers, keep, all_fine(values, numbers, *limits))
-    out = np.empty((read.n_channels, batch), dtype)
+    out = np.empty((engine.read.n_channels, batch), dtype)
     if not saved.fine: return out, saved
-    half = 0.5 * tables[0].angles(numbers)
+    half, lanes = 0.5 * tables[0].angles(numbers), tables[1]
     work["turns"][:, 0], work["turns"][:, 1] = np.cos(half), np.sin(half)
-    lanes = tables[1]
     trig_of(values, lanes.entry, lanes.scale / 2, lanes.shift / 2, lanes.arcsin, work["cosines"], work["sines"])
-    forward(
-        work["states"],
-        keep,
-        p.steps,
-        p.terms,
-        p.masks,
-        p.values,
-        read.words,
-        read.n_diagonal,
-        read.places,
-        half,
-        work["turns"],
-        work["tables"],
-        work["cosines"],
-        work["sines"],
-        work["lane_cos"],
-        work["lane_sin"],
-        out,
-        work["tile_out"],
-    )
+    forward(work["states"], keep, *_program(engine), half, *(work[name] for name in _LENT), out, work["tile_out"])
     return out, saved
 
-
+# %% ../nbs/14_statevector.ipynb #2dc13c73
 def _run_back(engine, saved, grad, values_too):
     "Backward: slopes of the numbers (n_entries,) and of the values (n_entries, batch)"
-    p, read, w = engine.program, engine.read, saved.work
-    lane_slope = np.empty((len(p.lane_angles), grad.shape[1]), grad.dtype)
-    backward(
-        w["states"],
-        saved.keep,
-        w["psi"],
-        w["lam"],
-        grad,
-        0 if values_too else p.grad_from,
-        p.steps,
-        p.terms,
-        p.masks,
-        p.values,
-        read.words,
-        read.n_diagonal,
-        read.places,
-        w["turns"],
-        w["tables"],
-        w["cosines"],
-        w["sines"],
-        w["lane_cos"],
-        w["lane_sin"],
-        w["tile_grad"],
-        w["shared_slope"],
-        w["table_slope"],
-        lane_slope,
-        w["tile_slope"],
-    )
-    shared, _ = tables = saved.bound[0]
+    w, tables, first_step = saved.work, saved.bound[0], 0 if values_too else engine.program.grad_from
+    lane_slope = np.empty((len(engine.lanes), grad.shape[1]), grad.dtype)
+    backward(w["states"], saved.keep, w["psi"], w["lam"], grad, first_step, *_program(engine), *(w[name] for name in _LENT),
+             w["tile_grad"], w["shared_slope"], w["table_slope"], lane_slope, w["tile_slope"])
     of_values = slopes_of_values(tables, saved.values, lane_slope) if values_too else None
-    return shared.slopes(saved.numbers, w["shared_slope"]).astype(grad.dtype), of_values
+    return tables[0].slopes(saved.numbers, w["shared_slope"]).astype(grad.dtype), of_values
 
 
 def slopes_of_values(tables, values, lane_slope):

@@ -74,7 +74,7 @@ def forked(case):
 def main(cases):
     engines = "heisenberg", "symmetric", "statevector"
     for engine, batch, limit in itertools.product(engines, (1, 300), (5000, MB)): rise(engine, 3, 1, limit, batch, 0)
-    for engine, batch in itertools.product(("auto", "probs"), (1, 300)): rise(engine, 3, 1, MB, batch, 20)
+    for engine, batch in itertools.product(("auto", "probs"), (1, 300)): rise(engine, 3, 1, MB, batch, 20), rise(engine, 4, 12, MB, batch, 20)
     print(json.dumps([forked(case) for case in cases]))
 
 
