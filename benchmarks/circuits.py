@@ -352,7 +352,7 @@ def steps_part(options, before):
         if options.cases and not any(part in " ".join(key) for part in options.cases.split(",")): continue
         rows[key] = run_case(case, options.quick) | {"load": os.getloadavg()[0]}
         print(table([rows[key]]).splitlines()[-1], {p: why for p, why in rows[key]["left_out"].items() if ":" in why} or "", flush=True)
-    return [rows[case[-1], case[0]] for case in CASES if (case[-1], case[0]) in rows]
+        yield [rows[case[-1], case[0]] for case in CASES if (case[-1], case[0]) in rows]
 
 
 def rise_bytes(peer, kind, n, layers, batch):
@@ -396,7 +396,7 @@ def over_qubits(options, measure):
 
 
 def memory_part(options, _):
-    return over_qubits(options, lambda peer, n: rise_bytes(peer, "reports", n, 2, 256))
+    yield over_qubits(options, lambda peer, n: rise_bytes(peer, "reports", n, 2, 256))
 
 
 def largest_part(options, _):
@@ -416,7 +416,7 @@ def largest_part(options, _):
             if not done:
                 break
         print(TITLES[peer], found[peer], flush=True)
-    return found
+        yield found
 
 
 def training_part(options, _):
@@ -440,7 +440,7 @@ def training_part(options, _):
     ms["PennyLane shadows alone, forward, one of 256 samples"] = pennylane_shadow_ms()
     ratios = [b / a for a, b in zip(times["normal"], times["quantum"], strict=True)]
     print({name: round(v, 3) for name, v in ms.items()}, f"quantum / classical round: {np.median(ratios):.3f}", flush=True)
-    return {"ms": ms, "quantum_over_classical": float(np.median(ratios))}
+    yield {"ms": ms, "quantum_over_classical": float(np.median(ratios))}
 
 
 def pennylane_shadow_ms():
@@ -511,8 +511,9 @@ def main():
     saved = options.out / "circuits.json"
     results = json.loads(saved.read_text()) if saved.exists() else {}
     for name in options.only.split(","):
-        results |= {"machine": machine(), name: PARTS[name](options, results.get(name, []))}
-        saved.write_text(json.dumps(results, indent=1))
+        for found in PARTS[name](options, results.get(name, [])):  # what there is so far, saved each time
+            results |= {"machine": machine(), name: found}
+            saved.write_text(json.dumps(results, indent=1))
     if "steps" in results:
         (options.out / "circuits.md").write_text(table(results["steps"]) + "\n")
         print("\n" + table(results["steps"]))

@@ -423,10 +423,10 @@ class _Unfit(Exception):
 def _draw(plan, values, numbers, seed, needs_grad):
     "All draws, chunk by chunk"
     batch, itemsize = values.shape[1], values.dtype.itemsize
-    results = _Results(plan._columns, plan._constants, batch, values.dtype)
     if needs_grad: _layout(plan, batch, itemsize, True)  # The way back must fit too
-    for number, draw in enumerate(plan._draws):
-        chunk, limit = _chunk(plan, number, batch, itemsize)
+    chunks = [_chunk(plan, number, batch, itemsize) for number in range(len(plan._draws))]
+    results = _Results(plan._columns, plan._constants, batch, values.dtype)
+    for number, (draw, (chunk, limit)) in enumerate(zip(plan._draws, chunks, strict=True)):
         for first in range(0, batch, chunk):
             part = values[:, first:first + chunk]
             tile, _ = draw.layout(part.shape[1], itemsize, limit, plan.shots)
