@@ -157,10 +157,9 @@ def _check_parameters(nb, path, parameters):
 def _check_kernel(nb, kernel_name):
     name = kernel_name or nb.metadata.get("kernelspec", {}).get("name") or "python3"
     manager = KernelSpecManager()
-    try: manager.get_kernel_spec(name)
+    try: return {"kernel_name": name, "language": manager.get_kernel_spec(name).language}
     except NoSuchKernel:
         raise InvalidInput(f"unknown kernel {name!r}: this machine has {', '.join(sorted(manager.find_kernel_specs()))}") from None
-    return name
 
 # %% ../nbs/62_runner.ipynb #07738071
 def _check_output(path):
@@ -405,7 +404,7 @@ def run_notebook(
     limit_bytes = None if memory_limit is None else parse_bytes(memory_limit)
     if timeout_s is not None: timeout_s = parse_duration(timeout_s)
     _check_parameters(nb, input_path, parameters)
-    kernel_name = _check_kernel(nb, kernel_name)
+    kernel = _check_kernel(nb, kernel_name)
     if cwd is not None and not Path(cwd).is_dir(): raise InvalidInput(f"no such folder: {cwd}")
     _check_output(output_path)
     record_path = Path(output_path).with_suffix(".record.json")
@@ -413,9 +412,9 @@ def run_notebook(
     clear_leftovers()
     started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     nb, guard = _execute_notebook(input_path, output_path, parameters=parameters, memory_limit=limit_bytes, timeout_s=timeout_s,
-                                  run_id=uuid.uuid4().hex[:12], show_progress=progress, kernel_name=kernel_name, cwd=cwd)
+                                  run_id=uuid.uuid4().hex[:12], show_progress=progress, cwd=cwd, **kernel)
     record = RunRecord(input_path=str(input_path), output_path=str(output_path), record_path=str(record_path), parameters=parameters,
-                       kernel_name=kernel_name, started=started, seconds=round(time.monotonic() - start, 3), timeout_s=timeout_s,
+                       kernel_name=kernel["kernel_name"], started=started, seconds=round(time.monotonic() - start, 3), timeout_s=timeout_s,
                        versions=_versions(), **_measured(nb, guard))
     _write_atomically(record_path, record.to_json())
     if check: raise_for_status(record)
