@@ -143,7 +143,7 @@ def _replay(runs, entries):
         state = states.get(entry.get("key"))
         if state and entry["event"] == "end":
             state.attempts, state.lost, state.row = entry["attempts"], entry["lost"], entry["row"]
-            if entry["again"]: state.row, state.run, state.scaled = None, replace(state.run, **entry["again"]), entry["scaled"]
+            if entry["again"] is not None: state.row, state.run, state.scaled = None, replace(state.run, **entry["again"]), entry["scaled"]
     return states
 
 

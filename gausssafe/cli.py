@@ -41,6 +41,7 @@ def main():
     Start here:
       gausssafe doctor                       what this machine can do
       gausssafe run in.ipynb out.ipynb --memory-limit 2GB
+      gausssafe batch settings.json          many notebooks, none lost
       gausssafe kernel install --memory-limit 2GB     the same limit in JupyterLab
     """
 
@@ -177,3 +178,50 @@ def kernel_remove(name):
     from gausssafe.provisioner import remove_kernel
     remove_kernel(name)
     click.echo(f"removed {name}")
+
+# %% ../nbs/71_cli.ipynb #915a7809
+@main.command(short_help="Run many notebooks from a settings file.")
+@click.argument("settings", metavar="SETTINGS")
+@click.option("--results", default="results/", show_default=True, metavar="FOLDER", help="Each batch gets its own folder in it.")
+@click.option("--jobs", default=2, show_default=True, metavar="N", help="Runs at a time.")
+@click.option("--memory", metavar="SIZE", help='For all runs together: "8GB". Default: what is left of the machine.')
+@click.option("--dry-run", is_flag=True, help="Only list the runs.")
+@click.option("--resume/--new", default=True, help="Finish the newest batch of the same settings (the default), or start afresh.")
+@click.option("--yes", is_flag=True, help="Also more than 10,000 runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@_plain_errors
+def batch(settings, results, jobs, memory, dry_run, resume, yes, as_json, quiet):
+    """Run every experiment of a settings file (JSON or YAML) under its limits.
+
+    Ctrl-C once finishes what is running, twice stops it; the same command goes on from there. A batch that is done is told again.
+
+    \b
+    gausssafe batch sweep.json --results results/ --jobs 2 --memory 8GB
+
+    \b
+    Exit codes: 0 every run ended as expected, 1 not, 2 usage, 130 interrupted.
+    """
+    from gausssafe.batch import run_batch
+    from gausssafe.settings import BatchSpec, expand
+    spec = BatchSpec.from_file(settings)
+    if dry_run:
+        for run in expand(spec, allow_many=yes): click.echo(f"{run.folder}  {json.dumps(run.parameters)}")
+        return
+    result = run_batch(spec, results, jobs=jobs, memory=memory, new=not resume, allow_many=yes, progress=not quiet and sys.stderr.isatty())
+    if result.rows: _report(result.folder)
+    click.echo(result.table.to_json(orient="records", indent=1) if as_json else f"{result}\nreport    {result.folder}/report.html")
+    sys.exit(result.exit_code)
+
+
+def _report(folder):
+    from gausssafe.report import write_report
+    return write_report(folder)
+
+# %% ../nbs/71_cli.ipynb #e28e551f
+@main.command(short_help="One page about a batch.")
+@click.argument("folder", metavar="FOLDER")
+@_plain_errors
+def report(folder):
+    "Write report.html into a batch's folder: one file with everything in it."
+    click.echo(_report(folder))

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -181,7 +182,7 @@ class RunSpec:
     experiment: str
     notebook: str
     parameters: dict
-    number: int  # Among the runs of its configuration, from 0
+    number: int  # Among the runs of this configuration in the batch, from 0
     stage: int
     max_retries: int
     memory_limit: int | None  # In bytes
@@ -207,7 +208,8 @@ def expand(
     if n_runs > MOST_RUNS and not allow_many:
         raise InvalidInput(f"{spec.name} has {n_runs:,} runs, more than {MOST_RUNS:,}: make the grid smaller, or say that it is meant (--yes).")
     texts = {path: _checked(path, names) for path, names in _asked(spec).items()}
-    runs = [run for i, e in enumerate(spec.experiments) for run in _runs_of(spec, i, e, texts)]
+    seen = Counter()
+    runs = [run for i, e in enumerate(spec.experiments) for run in _runs_of(spec, i, e, texts, seen)]
     if spec.order == "shuffled": np.random.default_rng(spec.seed).shuffle(runs)
     return sorted(runs, key=lambda run: run.stage)
 
@@ -238,16 +240,19 @@ def _checked(path, names):
     return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
 
 
-def _runs_of(spec, i, e, texts):
+def _runs_of(spec, i, e, texts, seen):
     stage = next((s for s, names in enumerate(spec.stages) if e.title in names), len(spec.stages))
-    for parameters, number in itertools.product(_configurations(spec, i, e), range(e.runs_per_config or spec.runs_per_config)):
-        about = {"code": texts[e.notebook], "parameters": parameters, "number": number, "background": e.background and e.background.model_dump_json()}
-        key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    for parameters, _ in itertools.product(_configurations(spec, i, e), range(e.runs_per_config or spec.runs_per_config)):
+        about = _digest({"code": texts[e.notebook], "parameters": parameters, "background": e.background and e.background.model_dump_json()})
+        number, seen[about] = seen[about], seen[about] + 1
         yield RunSpec(
-            key, e.title, str(e.notebook), parameters, number, stage, spec.max_retries if e.max_retries is None else e.max_retries,
-            e.memory_limit or spec.memory_limit, e.timeout or spec.timeout, e.expect,
+            _digest([about, number]), e.title, str(e.notebook), parameters, number, stage,
+            spec.max_retries if e.max_retries is None else e.max_retries, e.memory_limit or spec.memory_limit, e.timeout or spec.timeout, e.expect,
             e.background and e.background.model_dump(mode="json"), e.downscale and e.downscale.model_dump(),
         )
+
+
+def _digest(about): return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _configurations(spec, i, e):

@@ -1,0 +1,254 @@
+"Batches: what the settings say, what is on disk after a kill, what is never run twice"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gausssafe.batch import _Admission, _again, _replay, _row, _State, run_batch
+from gausssafe.errors import InvalidInput
+from gausssafe.journal import Journal, read_journal
+from gausssafe.report import write_report
+from gausssafe.settings import BatchSpec, Mutation, expand
+
+COMMAND = Path(sys.executable).parent / "gausssafe"
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    def notebook(*sources, name="in"):
+        cells = [nbformat.v4.new_code_cell("size, seconds = 1, 0.0", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, sources)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}),
+                       tmp_path / f"{name}.ipynb")
+        return str(tmp_path / f"{name}.ipynb")
+    return notebook
+
+
+WORK = "import time\nblock = bytearray(int(size * 1_000_000))\ntime.sleep(seconds)"
+
+
+class Told:
+    "An executor that answers at once, as it is told"
+
+    def __init__(self, answer): self.answer, self.tasks = answer, []
+
+    def submit(self, _, task):
+        self.tasks.append(task)
+        future = Future()
+        found = self.answer(task, len(self.tasks))
+        if isinstance(found, Exception): future.set_exception(found)
+        else: future.set_result({"peak_bytes": 10**8, "seconds": 1.0, "energy_source": "none"} | found)
+        return future
+
+
+def spec_of(path, **options):
+    experiment = {"notebook": path, "grid": {"size": [1, 2, 3]}} | options.pop("experiment", {})
+    return BatchSpec(**{"name": "sweep", "memory_limit": "200MB", "experiments": [experiment]} | options)
+
+
+def batch(spec, tmp_path, answer, **options):
+    told = Told(answer)
+    return run_batch(spec, tmp_path / "results", told, memory="1GB", **options), told.tasks
+
+
+# Settings
+
+@pytest.mark.parametrize("change, text", [
+    ({"naem": 1}, "naem: Extra inputs are not permitted"), ({"experiments": []}, "experiments: List should have at least 1 item"),
+    ({"memory_limit": "lots"}, "memory_limit: "), ({"stages": [["nobody"]]}, "stages: no experiment is called 'nobody'"),
+    ({"name": "a/b"}, "'a/b': letters, digits"),
+])
+def test_a_wrong_settings_file_is_told_with_its_place(notebook, tmp_path, change, text):
+    page = {"name": "x", "experiments": [{"notebook": notebook()}]} | change
+    (tmp_path / "s.json").write_text(json.dumps(page))
+    with pytest.raises(InvalidInput) as refused: BatchSpec.from_file(tmp_path / "s.json")
+    assert str(refused.value).startswith(f"{tmp_path}/s.json: ") and text in str(refused.value)
+
+
+def test_a_torn_page_and_yaml_that_builds_objects(tmp_path):
+    (tmp_path / "s.json").write_text('{"name": "x",\n "experiments": [}')
+    with pytest.raises(InvalidInput, match=r"s.json, line 2: "): BatchSpec.from_file(tmp_path / "s.json")
+    (tmp_path / "s.yaml").write_text("name: !!python/object/apply:os.system [touch hacked]")
+    with pytest.raises(InvalidInput, match=r"s.yaml, line 1: could not determine a constructor"): BatchSpec.from_file(tmp_path / "s.yaml")
+    assert not (tmp_path / "hacked").exists()
+
+
+KINDS = [{"uniform": [0, 1]}, {"loguniform": [1e-4, 1]}, {"randint": [0, 9]}, {"choice": [1, "a"]}]
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.sampled_from(KINDS))
+def test_more_draws_leave_the_first_ones_as_they_were(n, more, kind):
+    few, many = Mutation(n=n, **kind).draw((1, 2)), Mutation(n=n + more, **kind).draw((1, 2))
+    assert many[:n] == few
+
+
+def test_the_example_of_the_manual_has_twelve_runs(notebook):
+    page = {"name": "noise-sweep", "runs_per_config": 2, "experiments": [{
+        "notebook": notebook(), "grid": {"size": [1, 2]}, "mutate": {"seconds": {"loguniform": [1e-4, 1e-2], "n": 3}}}]}
+    runs = expand(BatchSpec.model_validate(page))
+    assert len(runs) == 12 == len({run.key for run in runs}) and [r.key for r in runs] == [r.key for r in expand(BatchSpec.model_validate(page))]
+
+
+def test_an_explosion_asks_first(notebook):
+    spec = spec_of(notebook(), runs_per_config=4000)
+    with pytest.raises(InvalidInput, match="sweep has 12,000 runs, more than 10,000"): expand(spec)
+    assert len(expand(spec, allow_many=True)) == 12_000
+
+
+# Bookkeeping, with an executor that answers at once
+
+def test_failures_are_tried_again_and_lost_runs_do_not_count(notebook, tmp_path):
+    def answer(task, n): return {1: {"status": "lost", "error": "signal 9"}, 2: {"status": "error", "error": "ValueError"}}.get(n, {"status": "ok"})
+    result, tasks = batch(spec_of(notebook(), experiment={"grid": {"size": [1]}}, max_retries=1), tmp_path, answer)
+    row, = result.rows
+    assert (row["status"], row["attempts"], row["run_lost"], len(tasks), result.exit_code) == ("ok", 2, 1, 3, 0)
+    assert [task["name"] for task in tasks] == ["attempt-1", "attempt-2", "attempt-3"]
+
+
+def test_an_executor_that_loses_its_worker(notebook, tmp_path):
+    result, tasks = batch(spec_of(notebook(), experiment={"grid": {"size": [1]}}), tmp_path, lambda *_: RuntimeError("worker died"))
+    assert result.rows[0]["status"] == "lost" and result.rows[0]["run_error"] == "RuntimeError: worker died" and len(tasks) == 4
+    assert result.exit_code == 1 and "1 lost" in str(result)
+
+
+def test_out_of_memory_is_tried_smaller_and_called_so(notebook, tmp_path):
+    spec = spec_of(notebook(), experiment={"grid": {"size": [8]}, "max_retries": 2, "downscale": {"parameter": "size", "memory_factor": 1.5}})
+    result, tasks = batch(spec, tmp_path, lambda task, _: {"status": "ok" if task["parameters"]["size"] <= 2 else "oom_ram"})
+    assert [(t["parameters"]["size"], t["memory_limit"]) for t in tasks] == [(8, 200 * 10**6), (4, 300 * 10**6), (2, 450 * 10**6)]
+    assert result.rows[0]["status"] == "ok_downscaled" and result.rows[0]["training_success"] and result.rows[0]["size"] == 2
+
+
+def test_a_finished_batch_is_told_again_and_new_starts_afresh(notebook, tmp_path):
+    spec = spec_of(notebook())
+    first, tasks = batch(spec, tmp_path, lambda *_: {"status": "ok"})
+    again, none = batch(spec, tmp_path, lambda *_: {"status": "ok"})
+    fresh, anew = batch(spec, tmp_path, lambda *_: {"status": "ok"}, new=True)
+    assert (len(tasks), len(none), len(anew)) == (3, 0, 3) and again.rows == first.rows and again.folder == first.folder != fresh.folder
+    table = pd.read_csv(first.folder / "summary.csv")
+    assert list(table.columns[:4]) == ["size", "training_success", "status", "attempts"] and len(table) == 3
+
+
+def test_configurations_are_shared_between_batches_but_failures_are_not(notebook, tmp_path):
+    path = notebook()
+    batch(spec_of(path), tmp_path, lambda task, _: {"status": "ok" if task["parameters"]["size"] < 3 else "error"})
+    result, tasks = batch(spec_of(path, name="other"), tmp_path, lambda *_: {"status": "ok"})
+    assert [t["parameters"]["size"] for t in tasks] == [3] and sorted(row["status"] for row in result.rows) == ["ok", "skipped", "skipped"]
+
+
+def test_stages_wait_for_each_other(notebook, tmp_path):
+    experiments = [{"notebook": notebook(), "name": name, "grid": {"size": [1, 2]}} for name in ("late", "early")]
+    spec = BatchSpec(name="x", experiments=experiments, stages=[["early"], ["late"]], memory_limit="100MB")
+    _, tasks = batch(spec, tmp_path, lambda *_: {"status": "ok"}, jobs=8)
+    assert [Path(t["folder"]).name.split("-")[0] for t in tasks] == ["early", "early", "late", "late"]
+
+
+def test_learned_peaks_let_more_runs_in(notebook):
+    run = expand(spec_of(notebook()))[0]
+    admission = _Admission(10**9)
+    assert admission.predict(run) == 200 * 10**6
+    for peak in (30, 40): admission.learn(run, {"status": "ok", "run_peak_bytes": peak * 10**6})
+    assert admission.predict(run) == 50 * 10**6 and admission.admits(run, [940 * 10**6]) and not admission.admits(run, [960 * 10**6])
+
+
+def test_a_run_too_large_for_the_batch_is_refused_before_anything_starts(notebook, tmp_path):
+    with pytest.raises(InvalidInput, match=r"in asks for 2.00 GB .* the batch has 1.00 GB"):
+        batch(spec_of(notebook(), memory_limit="2GB"), tmp_path, lambda *_: {"status": "ok"})
+    assert not (tmp_path / "results").exists()
+
+
+def test_two_batches_do_not_share_a_folder(notebook, tmp_path):
+    spec = spec_of(notebook())
+    result, _ = batch(spec, tmp_path, lambda *_: {"status": "ok"})
+    with Journal(result.folder / "journal.jsonl"), pytest.raises(InvalidInput, match="another batch is at work in"):
+        batch(spec, tmp_path, lambda *_: {"status": "ok"})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["start", "ok", "error", "lost"])), max_size=12), st.integers(0, 40))
+def test_a_journal_cut_anywhere_says_what_is_left(tmp_path_factory, events, cut):
+    "Replaying a prefix, however torn, gives a state that the longer journal passes through"
+    folder = tmp_path_factory.mktemp("journal")
+    code = nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[code]), folder / "in.ipynb")
+    runs = expand(spec_of(str(folder / "in.ipynb"), max_retries=1))
+    live = {run.key: _State(run) for run in runs}
+    with Journal(folder / "j.jsonl") as journal:
+        for i, status in events:
+            state = live[runs[i].key]
+            if state.row is not None: continue
+            if status == "start": journal.append(event="start", key=state.run.key); continue
+            state.attempts, state.lost = state.attempts + (status != "lost"), state.lost + (status == "lost")
+            row = _row(state, {"status": status}, folder)
+            again = _again(state, row)
+            journal.append(event="end", key=state.run.key, attempts=state.attempts, lost=state.lost, row=row, again=again, scaled=False)
+            if again is None: state.row = row
+    found = _replay(runs, read_journal(folder / "j.jsonl"))
+    assert {k: (s.attempts, s.lost, s.row and s.row["status"]) for k, s in found.items()} == {
+        k: (s.attempts, s.lost, s.row and s.row["status"]) for k, s in live.items()}
+    whole = (folder / "j.jsonl").read_bytes()
+    (folder / "j.jsonl").write_bytes(whole[:max(0, len(whole) - cut)])
+    kept = read_journal(folder / "j.jsonl")
+    assert kept == read_journal(folder / "j.jsonl")[:len(kept)]
+    with Journal(folder / "j.jsonl") as journal: journal.append(event="start", key="x")
+    assert read_journal(folder / "j.jsonl") == [*kept, {"event": "start", "key": "x"}]
+
+
+# For real
+
+def alive(marker): return [p.pid for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
+
+
+def test_outcomes_of_real_runs_and_the_report(notebook, tmp_path):
+    good, bad = notebook(WORK), notebook("1 / 0", name="bad")
+    spec = BatchSpec(name="real", memory_limit="300MB", timeout="60s", experiments=[
+        {"notebook": good, "name": "good", "background": {"notebook": notebook("while True: pass", name="load"), "memory_limit": "200MB"}},
+        {"notebook": good, "name": "greedy", "parameters": {"size": 3000}, "expect": "oom_ram"}, {"notebook": bad}])
+    result = run_batch(spec, tmp_path / "results", jobs=2, memory="1GB")
+    assert {row["run_experiment"]: row["status"] for row in result.rows} == {"good": "ok", "greedy": "oom_ram", "bad": "error"}
+    cells = {row["run_experiment"]: row["run_cell"] for row in result.rows}  # as saved, after the two cells that papermill inserts
+    assert result.exit_code == 1 and cells == {"good": None, "greedy": 4, "bad": 3}
+    page = write_report(result.folder).read_text()
+    assert "1 of 3 runs did not end as they were meant to." in page and "ZeroDivisionError" in page and 'href="../run_' in page
+    assert not alive(str(tmp_path))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_batch_that_is_killed_goes_on_where_it_was(notebook, tmp_path):
+    experiment = {"notebook": notebook(WORK), "grid": {"size": [1, 2, 3]}, "parameters": {"seconds": 2}}
+    page = {"name": "killed", "memory_limit": "300MB", "experiments": [experiment]}
+    (tmp_path / "s.json").write_text(json.dumps(page))
+    command = [COMMAND, "batch", tmp_path / "s.json", "--results", tmp_path / "results", "--memory", "1GB", "-q"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    def ends(): return [e for p in tmp_path.glob("results/*/journal.jsonl") for e in read_journal(p) if e["event"] == "end"]
+    while not ends() and time.monotonic() < deadline: time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while alive(str(tmp_path)) and time.monotonic() < deadline + 20: time.sleep(0.1)
+    assert ends() and not alive(str(tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True)
+    folder, = (tmp_path / "results").iterdir()
+    table = pd.read_csv(folder / "summary.csv")
+    assert done.returncode == 0 and sorted(table["size"]) == [1, 2, 3] and set(table["status"]) == {"ok"} and set(table["attempts"]) == {1}
+    assert "3 of 3 runs: 3 ok" in done.stdout and (folder / "report.html").exists()
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert again.returncode == 0 and len(json.loads(again.stdout)) == 3
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["gone.json"], "no such settings file: gone.json"), (["{s}", "--jobs", "0"], "jobs is at least 1, not 0")])
+def test_one_line_for_a_mistake(notebook, tmp_path, arguments, text):
+    (tmp_path / "s.json").write_text(json.dumps({"name": "x", "experiments": [{"notebook": notebook()}]}))
+    done = subprocess.run([COMMAND, "batch", *(a.format(s=tmp_path / "s.json") for a in arguments)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == f"gausssafe: {text}\n"
+    assert not list(tmp_path.glob("results/run_*"))
