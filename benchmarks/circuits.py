@@ -356,10 +356,10 @@ def steps_part(options, before):
 
 
 def rise_bytes(peer, kind, n, layers, batch):
-    "Rise of the peak resident size of two steps, in a fresh process that has run one of two samples; None if it takes over a minute"
+    "Rise of the peak resident size of two steps, in a fresh process that has run one of two samples; None if it takes over three minutes"
     command = [sys.executable, __file__, "--step", json.dumps([peer, kind, n, layers, batch])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ)
     except subprocess.TimeoutExpired:
         return None
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
