@@ -302,10 +302,11 @@ def _smaller(state):
 
 
 def _task(state, folder):
-    run = state.run
+    run, own = state.run, str(folder / state.run.folder)
+    parameters = {name: value.replace("{run_folder}", own) if isinstance(value, str) else value for name, value in run.parameters.items()}
     return {
-        "notebook": run.notebook, "folder": str(folder / run.folder), "name": f"attempt-{state.attempts + state.lost + 1}",
-        "parameters": run.parameters, "memory_limit": run.memory_limit, "timeout_s": run.timeout_s, "background": run.background,
+        "notebook": run.notebook, "folder": own, "name": f"attempt-{state.attempts + state.lost + 1}", "parameters": parameters,
+        "memory_limit": run.memory_limit, "timeout_s": run.timeout_s, "background": run.background,
     }
 
 # %% ../nbs/65_batch.ipynb #915a0cfe

@@ -105,6 +105,12 @@ def test_an_explosion_asks_first(notebook):
     assert len(expand(spec, allow_many=True)) == 12_000
 
 
+def test_the_shipped_settings_are_ten_runs_in_five_stages(monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    runs = expand(BatchSpec.from_file("nbs/experiments/alternating.json"))
+    assert [(r.experiment, r.stage) for r in runs[::2]] == [("a-first", 0), ("b", 1), ("a-again", 2), ("c", 3), ("a-last", 4)] and len(runs) == 10
+
+
 # Bookkeeping, with an executor that answers at once
 
 def test_failures_are_tried_again_and_lost_runs_do_not_count(notebook, tmp_path):
@@ -113,6 +119,12 @@ def test_failures_are_tried_again_and_lost_runs_do_not_count(notebook, tmp_path)
     row, = result.rows
     assert (row["status"], row["attempts"], row["run_lost"], len(tasks), result.exit_code) == ("ok", 2, 1, 3, 0)
     assert [task["name"] for task in tasks] == ["attempt-1", "attempt-2", "attempt-3"]
+
+
+def test_a_run_is_told_its_own_folder(notebook, tmp_path):
+    spec = spec_of(notebook("where = ''"), experiment={"grid": {"size": ["{run_folder}/a.csv"]}})
+    result, (task,) = batch(spec, tmp_path, lambda *_: {"status": "ok"})
+    assert task["parameters"]["size"] == f"{task['folder']}/a.csv" and task["folder"].startswith(str(result.folder))
 
 
 def test_an_executor_that_loses_its_worker(notebook, tmp_path):

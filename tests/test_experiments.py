@@ -51,3 +51,8 @@ def test_a_parameter_that_cannot_be_is_told_in_the_notebook(tmp_path):
     message = "InvalidInput: noise: Input should be 'normal', 'uniform', 'quantum' or 'shadow', not 'quantom'"
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run("quantum_gan", tmp_path, noise="quantom")
+
+
+def test_the_background_load_holds_what_it_says_and_ends(tmp_path):
+    nb = run("background_load", tmp_path, megabytes=50, seconds=0.5)
+    assert any("image/png" in output.get("data", {}) for output in nb.cells[-1].outputs)
