@@ -274,7 +274,7 @@ class _Batch:
         "summary.csv, at most every two seconds"
         if now or time.monotonic() > self.written_at + 2:
             import pandas as pd
-            _write(self.folder / "summary.csv", pd.DataFrame(self.rows).to_csv(index=False))
+            _write(self.folder / "summary.csv", pd.DataFrame(self.rows).convert_dtypes().to_csv(index=False))
             self.written_at = time.monotonic()
 
     @property

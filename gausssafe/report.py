@@ -49,9 +49,10 @@ def _figure(table):
         memory.plot(peaks.index + 1, peaks["run_peak_bytes"] / 1e6, ".", color=_COLOURS.get(status), label=status)
         seconds.plot(rows.index + 1, rows["run_seconds"], ".", color=_COLOURS.get(status), label=status)
     memory.plot(table.index + 1, table["run_limit_bytes"] / 1e6, "_", color="#999999", label="limit")
-    memory.set(xlabel="run", ylabel="peak, MB", ylim=(0, None))
-    seconds.set(xlabel="run", ylabel="seconds", ylim=(0, None))
-    memory.legend(fontsize="small")
+    for ax, label in ((memory, "peak, MB"), (seconds, "seconds")):
+        ax.set(xlabel="run", ylabel=label, ylim=(0, 1.08 * ax.get_ylim()[1]))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    memory.legend(fontsize="small", loc="lower right")
     return fig
 
 
@@ -85,7 +86,7 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title 
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}h1{margin-bottom:0}
 table{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
+td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
 img{max-width:100%}.big{font-size:1.3rem}td.e{max-width:28rem;overflow-wrap:anywhere}</style>
 <h1>{{ title }}</h1><p>{{ when }}</p><p class="big">{{ verdict }}</p>
 <h2>How the runs ended</h2><table><tr><th>status<th>runs<th>where, and why</tr>
@@ -94,8 +95,8 @@ img{max-width:100%}.big{font-size:1.3rem}td.e{max-width:28rem;overflow-wrap:anyw
 <img alt="peaks and seconds of all runs" src="data:image/png;base64,{{ figure }}">
 {% if varied %}<h2>Runs of one configuration</h2><p>cv: standard deviation over mean.</p>{{ table(varied) }}{% endif %}
 <h2>Every run</h2><table>
-<tr>{% for name in names %}<th>{{ name }}{% endfor %}<th>status<th>tries<th>seconds<th>peak<th>joules<th>error<th></tr>
-{% for r in runs %}<tr>{% for value in r.parameters %}<td>{{ value }}{% endfor %}<td><a href="{{ r.link }}">{{ r.status }}</a>
+<tr><th>experiment{% for name in names %}<th>{{ name }}{% endfor %}<th>status<th>tries<th>seconds<th>peak<th>joules<th>error<th></tr>
+{% for r in runs %}<tr><td>{{ r.experiment }}{% for value in r.parameters %}<td>{{ value }}{% endfor %}<td><a href="{{ r.link }}">{{ r.status }}</a>
 <td class="n">{{ r.attempts }}<td class="n">{{ r.seconds }}<td class="n">{{ r.peak }}<td class="n">{{ r.joules }}<td class="e">{{ r.error }}
 <td>{% if r.image %}<img alt="" src="data:image/png;base64,{{ r.image }}">{% endif %}</tr>{% endfor %}</table></html>
 """
@@ -111,17 +112,17 @@ def write_report(
     import pandas as pd
     folder = Path(folder)
     if not (folder / "summary.csv").is_file(): raise InvalidInput(f"{folder} holds no batch: there is no summary.csv in it")
-    table = pd.read_csv(folder / "summary.csv")
+    table, texts = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "summary.csv", dtype=str, keep_default_na=False)
     page = jinja2.Environment(autoescape=True).from_string(_TABLE + _PAGE)
     varied = variability(table).round(4).to_dict("records")
     text = page.render(title=f"Batch {folder.name}", when=_when(table), verdict=_verdict(table), causes=_causes(table), figure=_png(_figure(table)),
-                       varied=varied, names=_own_names(table), runs=_runs(folder, table))
+                       varied=varied, names=_own_names(table), runs=_runs(folder, table, texts))
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 # %% ../nbs/66_report.ipynb #51ffb526
 def _own_names(table):
-    return ["run_experiment", *(n for n in table.columns if not n.startswith("run_") and n not in ("training_success", "status", "attempts"))]
+    return [*(n for n in table.columns if not n.startswith("run_") and n not in ("training_success", "status", "attempts"))]
 
 
 def _when(table):
@@ -143,12 +144,12 @@ def _causes(table):
         yield {"status": status, "n": len(rows), "why": why, "colour": _COLOURS.get(status, "#999")}
 
 
-def _runs(folder, table):
+def _runs(folder, table, texts):
     for i, row in enumerate(table.to_dict("records")):
         run = folder.parent / row["run_folder"]
         notebooks = sorted(run.glob("attempt-*.ipynb"))
         link = f"../{row['run_folder']}/{notebooks[-1].name}" if notebooks else f"../{row['run_folder']}"
-        yield {"parameters": [row[name] for name in _own_names(table)], "status": row["status"], "attempts": row["attempts"], "link": link,
+        yield {"experiment": row["run_experiment"], "parameters": [texts.at[i, name] for name in _own_names(table)], "status": row["status"], "attempts": row["attempts"], "link": link,
                "seconds": _number(row["run_seconds"], "{:.1f}"), "peak": "" if row["run_peak_bytes"] != row["run_peak_bytes"]
                else format_bytes(int(row["run_peak_bytes"])), "joules": _number(row["run_joules"], "{:.0f}"),
                "error": "" if row["run_error"] != row["run_error"] else row["run_error"],
