@@ -149,7 +149,8 @@ def _runs(folder, table, texts):
         run = folder.parent / row["run_folder"]
         notebooks = sorted(run.glob("attempt-*.ipynb"))
         link = f"../{row['run_folder']}/{notebooks[-1].name}" if notebooks else f"../{row['run_folder']}"
-        yield {"experiment": row["run_experiment"], "parameters": [texts.at[i, name] for name in _own_names(table)], "status": row["status"], "attempts": row["attempts"], "link": link,
+        own = [texts.at[i, name] for name in _own_names(table)]
+        yield {"experiment": row["run_experiment"], "parameters": own, "status": row["status"], "attempts": row["attempts"], "link": link,
                "seconds": _number(row["run_seconds"], "{:.1f}"), "peak": "" if row["run_peak_bytes"] != row["run_peak_bytes"]
                else format_bytes(int(row["run_peak_bytes"])), "joules": _number(row["run_joules"], "{:.0f}"),
                "error": "" if row["run_error"] != row["run_error"] else row["run_error"],
