@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .errors import InvalidInput
-from .language import TokenScores, _sequences, score_tokens
+from .language import _sequences, score_tokens
 
 # %% ../nbs/34_membership.ipynb #8afb63ab
 def split_sequences(

@@ -26,7 +26,7 @@ from .errors import InvalidInput, MemoryBudgetExceeded
 from .hvp import HessianOperator
 from .language import _sequences, lm_loss, lm_pairs, score_tokens, sequence_losses
 from .membership import check_split, require_sequences, run_attacks
-from .memory import count_tensor_bytes, read_limit
+from .memory import read_limit
 from .partition import CLASSES, count_classes, find_units, measure_features, partition
 from .response import Responses, compare_with_controls, measure_responses, n_passes, small_noise_check, summarize_responses
 from .units import format_bytes, format_duration
@@ -246,14 +246,14 @@ def run_prm(
     estimate = _estimate(setup)
     source = "synthetic" if getattr(model, "synthetic", False) else "measured"
     if tell: tell(f"{'SYNTHETIC: ' * (source == 'synthetic')}{estimate}")
-    with count_tensor_bytes() as counted: parts = _measure(setup, decode, reference)
+    parts = _measure(setup, decode, reference)
     units, responses = parts["units"], parts["responses"]
     table, tests = summarize_responses(responses, seed=config.seed), compare_with_controls(responses)
     clusters = _clusters(units, config)
     counts = count_classes(units, units["class"])
     if source == "synthetic": table, tests, units, counts = (t.assign(source=source) for t in (table, tests, units, counts))
     return PRMReport(config, source, estimate, units, counts, responses, table, tests, parts["attacks"], parts["check"],
-                     clusters, counted.peak_bytes, time.perf_counter() - started)
+                     clusters, max(parts["units"].attrs["peak_bytes"], responses.peak_bytes), time.perf_counter() - started)
 
 # %% ../nbs/39_prm.ipynb #81c766d3
 def _measure(setup, decode, reference):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .errors import InvalidInput
 from .language import lm_loss, lm_pairs, sequence_losses
 from .membership import _Curves, _draws, _interval
+from .memory import count_tensor_bytes
 from .partition import CLASSES, Units
 
 # %% ../nbs/36_response.ipynb #4ef82510
@@ -83,6 +84,14 @@ def strata_of(
     "Kind and size of each unit"
     return np.unique([f"{kind} {size}" for kind, size in zip(units.kinds, units.sizes, strict=True)], return_inverse=True)[1]
 
+# %% ../nbs/36_response.ipynb #c7ec7f0d
+def _peak_bytes(model, params, units, sequences, kind):
+    "Of noise in all units and one piece of sequences"
+    everything = np.ones(len(units), dtype=bool)
+    with count_tensor_bytes() as counted, perturbed(params, units, everything, strength=0.0, kind=kind):
+        sequence_losses(model, sequences, chunk=len(sequences))
+    return counted.peak_bytes
+
 # %% ../nbs/36_response.ipynb #910cc50a
 @dataclass(frozen=True)
 class Responses:
@@ -91,6 +100,7 @@ class Responses:
     base: dict[str, float]  # loss, ppl, auc without noise
     losses: dict = field(repr=False)  # (class, strength) -> (n_seeds, members and non-members); "base" without noise
     n_members: int = 0
+    peak_bytes: int | None = None  # Logical, beyond the model: of one perturbation and the pass that reads it
     seconds: float = 0.0
 
 
@@ -143,6 +153,7 @@ def measure_responses(
     def read(): return sequence_losses(model, both, chunk=chunk, memory_limit=memory_limit).double().numpy()
     n_members = len(members)
     base = _measures(losses.setdefault("base", read()), n_members)
+    peak_bytes = _peak_bytes(model, params, units, both[:chunk], kind) if chunk else None
     total = n_passes(classes, n_strengths=len(strengths), n_seeds=n_seeds, n_controls=n_controls) - 1
     with tqdm(total=total, desc="responses", unit=" passes", delay=2, leave=False) as bar:
         for s, name, control, mask in _sets(classes, strata_of(units), n_seeds, n_controls, seed):
@@ -154,7 +165,7 @@ def measure_responses(
                 rows.append({"class": name, "control": control, "strength": strength, "seed": s, **now, **{f"d{k}": now[k] - base[k] for k in now}})
                 bar.update()
     stacked = {key: np.stack(found) if key != "base" else found for key, found in losses.items()}
-    return Responses(pd.DataFrame(rows), base, stacked, n_members, bar.format_dict["elapsed"])
+    return Responses(pd.DataFrame(rows), base, stacked, n_members, peak_bytes, bar.format_dict["elapsed"])
 
 # %% ../nbs/36_response.ipynb #f15aa3fa
 def summarize_responses(

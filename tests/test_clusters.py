@@ -24,7 +24,7 @@ def test_normal_scores_are_ranks_as_normal_numbers():
 def test_what_is_apart_is_found():
     table, kinds = units(150, 5)
     found = find_clusters(table, kinds, n_maps=1, n_permutations=19)
-    assert found.n_clusters == 3 and found.silhouette > max(found.silhouette_null) and found.class_p == 1 / 20
+    assert found.n_clusters == 3 and found.p == 1 / 2 and found.class_p == 1 / 20
     assert pd.crosstab(found.points.cluster, found.points["class"]).max(axis=1).sum() > 140
     again = find_clusters(table, kinds, n_maps=1, n_permutations=19)
     pd.testing.assert_frame_equal(found.points, again.points)
