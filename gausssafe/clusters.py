@@ -45,13 +45,28 @@ def _dense(points, eps, min_samples):
     return DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points)
 
 
-def _silhouette(points, labels, **options):
-    "Mean silhouette of what is labelled; NaN for fewer than two groups (Rousseeuw 1987)"
-    from sklearn.metrics import silhouette_score
-    chosen = np.asarray(labels) != -1
-    if not 2 <= len(set(np.asarray(labels)[chosen])) < chosen.sum(): return float("nan")
-    if options: points = points[chosen]
-    return float(silhouette_score(points[chosen] if not options else points[:, chosen], np.asarray(labels)[chosen], **options))
+def _silhouette(distances, labels):
+    "Mean silhouette from distances of all pairs (Rousseeuw 1987); NaN for fewer than two groups"
+    names, groups = np.unique(labels, return_inverse=True)
+    if len(names) < 2: return float("nan")
+    member = np.eye(len(names))[groups]
+    counts, sums = member.sum(0), distances @ member
+    own, rows = counts[groups], np.arange(len(groups))
+    inner = sums[rows, groups] / np.maximum(own - 1, 1)
+    nearest = np.where(member > 0, np.inf, sums / counts).min(1)
+    scores = np.where(own > 1, (nearest - inner) / np.maximum(np.maximum(nearest, inner), 1e-300), 0)
+    return float(scores.mean())
+
+
+def _distances(points):
+    from scipy.spatial.distance import pdist, squareform
+    return squareform(pdist(points))
+
+
+def _cluster_silhouette(points, clusters):
+    "Of what is in a cluster"
+    chosen = clusters >= 0
+    return _silhouette(_distances(points[chosen]), clusters[chosen]) if chosen.any() else float("nan")
 
 # %% ../nbs/37_clusters.ipynb #37fd9ce9
 @dataclass(frozen=True)
@@ -75,10 +90,8 @@ def _p(observed, null):
 # %% ../nbs/37_clusters.ipynb #23a262d7
 def _class_silhouettes(X, classes, strata, n_permutations, rng):
     "(that of the classes, those of permuted labels)"
-    from sklearn.metrics import pairwise_distances
-    distances = pairwise_distances(X)
-    def one(labels): return _silhouette(distances, labels, metric="precomputed")
-    return one(classes), [one(permute_labels(classes, strata, rng)) for _ in range(n_permutations)]
+    distances = _distances(X)
+    return _silhouette(distances, classes), [_silhouette(distances, permute_labels(classes, strata, rng)) for _ in range(n_permutations)]
 
 
 def find_clusters(
@@ -104,7 +117,7 @@ def find_clusters(
     for i in tqdm(range(1 + n_maps), desc="maps", unit=" maps", delay=2, leave=False):
         shuffled = X if not i else np.column_stack([rng.permutation(column) for column in X.T])
         points = _map(shuffled, n_neighbors, seed + i)
-        maps.append((points, clusters := _dense(points, eps, min_samples), _silhouette(points, clusters)))
+        maps.append((points, clusters := _dense(points, eps, min_samples), _cluster_silhouette(points, clusters)))
     (points, clusters, silhouette), *nulls = maps
     unseen = [i for i, name in enumerate(FEATURES) if name not in _RULES[rule]]
     own, permuted = _class_silhouettes(X[:, unseen], labels, strata, n_permutations, rng)

@@ -148,6 +148,15 @@ class _Setup:
                                    limit_bytes=self.limit_bytes, advice="Use a larger memory_limit, or block= for a part of the model.")
 
 # %% ../nbs/39_prm.ipynb #61c00a5c
+def _product_seconds(H):
+    "Of a product; timed where it is short"
+    seconds = H.plan_for(1).predicted_s or 0.0
+    if seconds > 20: return seconds
+    started = time.perf_counter()
+    H @ torch.ones(H.shape[0], dtype=H.dtype, device=H.device)
+    return time.perf_counter() - started
+
+
 def _estimate(setup):
     config, classes = setup.config, np.array(CLASSES)
     started, probe = time.perf_counter(), [*setup.members[:64], *setup.nonmembers[:64]]
@@ -156,7 +165,7 @@ def _estimate(setup):
     passes = n_passes(classes, n_strengths=len(config.strengths), n_seeds=config.n_seeds, n_controls=config.n_controls)
     n_products = 4 * config.n_eigenvectors + config.n_products
     gradients_s = 4 * pass_s * 2 * config.n_gradients / (len(setup.members) + len(setup.nonmembers))
-    products_s = n_products * (setup.H.plan_for(1).predicted_s or 0.0)
+    products_s = n_products * _product_seconds(setup.H)
     seconds = passes * pass_s + gradients_s + products_s + 4 * (1 + config.n_maps)
     width = 1.96 * math.sqrt((len(setup.members) + len(setup.nonmembers) + 1) / (12 * len(setup.members) * len(setup.nonmembers)))
     return PRMEstimate(setup.H.shape[0], len(setup.units), passes, n_products, seconds, setup.predicted_bytes, setup.limit_bytes, width)

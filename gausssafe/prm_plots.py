@@ -112,7 +112,9 @@ def plot_response(
         ax.plot(group.strength, group[f"{outcome}_control"], ":", color=colour, lw=1.2, label=f"{name}, matched random")
     kind = {"relative": "standard deviations of each tensor", "absolute": "units of weight", "equal_norm": "share of all weights' norm"}
     ax.set(xscale="log", xlabel=f"noise ({kind[report.config.noise]})", ylabel=RESPONSES[outcome])
-    if outcome == "dppl": ax.set_yscale("symlog", linthresh=0.1)
+    if outcome == "dppl":
+        ax.set_yscale("symlog", linthresh=0.1)
+        ax.set_ylim(bottom=min(-0.05, 1.2 * float(report.table.dppl_low.min())))
     ax.axhline(0, color="black", lw=0.5)
     return ax
 
@@ -134,11 +136,11 @@ def _draw_deltas(report, ax, outcome):
         places = [strengths.index(s) + 0.25 * (i - 1) for s in group.strength]
         ax.bar(places, group.cliffs_delta, 0.22, color=colour, label=name)
         for x, p in zip(places, group.p_holm, strict=True): ax.text(x, 1.05, f"{p:.2f}", ha="center", fontsize=6, rotation=90)
-    ax.set(xticks=range(len(strengths)), xticklabels=[f"{s:g}" for s in strengths], ylim=(-1.1, 1.45), xlabel="strength of noise",
+    ax.set(xticks=range(len(strengths)), xticklabels=[f"{s:g}" for s in strengths], ylim=(-1.6, 1.45), xlabel="strength of noise",
            ylabel=f"Cliff's delta, {outcome}")
     ax.set_title(f"corrected p above the bars; floor {report.tests.p_floor.min():.2f}", fontsize=9)
     ax.axhline(0, color="black", lw=0.5)
-    ax.legend(fontsize=7, loc="lower right")
+    ax.legend(fontsize=7, loc="lower center", ncols=3)
 
 
 def _draw_attacks(report, ax):

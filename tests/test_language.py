@@ -234,3 +234,18 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InvalidInput, match=r"has no weights: neither \*.safetensors nor \*.bin"): load_lm(tmp_path)
     with pytest.raises(InvalidInput, match="could be loaded from 'nobody/nothing'"): load_lm("nobody/nothing", local_only=True)
+
+
+def test_curvature_of_an_encoder_with_rotary_positions_local_attention_and_gates():
+    "ModernBERT, tiny"
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = transformers.ModernBertConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+                                           max_position_embeddings=32, global_attn_every_n_layers=2, local_attention=4, **special)
+    torch.manual_seed(0)
+    model, x = transformers.ModernBertForMaskedLM(config).eval(), torch.stack(ragged([12] * 5))
+    params = [p for p in model.parameters() if p.requires_grad]
+    for limit in ("100MB", "450kB"):
+        H = HessianOperator(model, lm_loss, params, [(x, x)], memory_limit=limit)
+        v = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0))
+        exact = double_backward(model, lm_loss, x, x, v)
+        assert float(((H @ v).double() - exact).norm() / exact.norm()) < 1e-5, H.plan

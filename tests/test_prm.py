@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from gausssafe import prm_plots
+from gausssafe import clusters, prm_plots
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.language import GPT, lm_loss, train_lm
 from gausssafe.memory import count_tensor_bytes
@@ -25,11 +25,19 @@ def quiet(*_): pass
 def tokens(n, seed=0): return torch.randint(11, (n, 17), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def flat_maps():
+    "Maps without UMAP, whose compilation takes longer than all the rest; test_clusters and the notebooks have the real one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "_map", lambda X, n_neighbors, seed: X[:, :2])
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained():
     "A GPT that remembers 60 random sequences"
     model = GPT(11, context=16, width=16, n_heads=2, n_layers=2)
-    train_lm(model, tokens(60), epochs=40, learning_rate=1e-2)
+    train_lm(model, tokens(60), epochs=25, learning_rate=1e-2)
     return model
 
 
@@ -41,8 +49,8 @@ def report(trained):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_synthetic_truth_comes_back(seed):
-    made = make_synthetic(30, seed=seed)
-    config = PRMConfig(**TINY | dict(n_curvature=90, n_gradients=90, n_products=40, strengths=(3.0,)))
+    made = make_synthetic(20, seed=seed)
+    config = PRMConfig(**TINY | dict(n_curvature=60, n_gradients=60, n_products=30, strengths=(3.0,)))
     report = run_prm(made.model, made.members, made.nonmembers, config, tell=quiet)
     assert adjusted_rand_score(made.truth(report.units.tensor), report.units["class"]) > 0.9
     shown = report.table.set_index("class")
