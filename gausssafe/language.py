@@ -383,4 +383,4 @@ def load_lm(
     try: tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
     except (OSError, ValueError): tokenizer = None
     model.config.use_cache = False
-    return model.to(dtype).eval(), tokenizer
+    return model.to(dtype).eval(), tokenizer if getattr(tokenizer, "vocab_size", 0) else None  # transformers makes up an empty one

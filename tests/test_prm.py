@@ -36,7 +36,7 @@ def flat_maps():
 @pytest.fixture(scope="module")
 def trained():
     "A GPT that remembers 60 random sequences"
-    model = GPT(11, context=16, width=16, n_heads=2, n_layers=2)
+    model = GPT(11, context=16, width=16, n_heads=2, n_layers=1)
     train_lm(model, tokens(60), epochs=25, learning_rate=1e-2)
     return model
 
@@ -92,9 +92,9 @@ def test_equal_configurations_give_equal_reports(report, trained):
 
 
 @pytest.mark.filterwarnings("ignore:.*give an AUC:RuntimeWarning")
-@pytest.mark.parametrize("limit", ["3MB", "8MB"])
+@pytest.mark.parametrize("limit", ["2MB", "8MB"])
 def test_the_limit_is_kept_and_predicted(trained, limit):
-    config, sides = PRMConfig(**TINY | dict(memory_limit=limit)), (tokens(60), tokens(60, seed=1))
+    config, sides = PRMConfig(**TINY | dict(memory_limit=limit, strengths=(1.0,), n_seeds=1)), (tokens(60), tokens(60, seed=1))
     estimate = estimate_prm(trained, *sides, config)
     with count_tensor_bytes() as counted: report = run_prm(trained, *sides, config, tell=quiet)
     limit_bytes = int(limit[0]) * 10**6
@@ -109,9 +109,9 @@ def test_a_paper_class_stays_empty(trained):
 
 
 def test_a_block_and_other_units(trained):
-    config = PRMConfig(**TINY | dict(block="blocks.1", unit="tensor", noise="equal_norm"))
+    config = PRMConfig(**TINY | dict(block="blocks.0", unit="tensor", noise="equal_norm"))
     with pytest.warns(RuntimeWarning): report = run_prm(trained, tokens(60), tokens(60, seed=1), config, tell=quiet)
-    assert set(report.units.tensor.str[:8]) == {"blocks.1"} and len(report.units) == 12 and report.clusters is None
+    assert set(report.units.tensor.str[:8]) == {"blocks.0"} and len(report.units) == 12 and report.clusters is None
     assert "no map" in prm_plots.plot_units(report).texts[0].get_text()
 
 
