@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from .errors import InvalidInput
@@ -33,10 +34,13 @@ def normal_scores(
 # %% ../nbs/37_clusters.ipynb #ac8d36b9
 def _map(X, n_neighbors, seed):
     "UMAP in the plane (McInnes et al. 2018)"
+    n_threads = torch.get_num_threads()
     import umap
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return umap.UMAP(n_neighbors=min(n_neighbors, len(X) - 1), random_state=seed, n_jobs=1).fit_transform(X)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return umap.UMAP(n_neighbors=min(n_neighbors, len(X) - 1), random_state=seed, n_jobs=1).fit_transform(X)
+    finally: torch.set_num_threads(n_threads)  # Numba sets them for the whole process
 
 
 def _dense(points, eps, min_samples):

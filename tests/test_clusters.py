@@ -2,6 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from gausssafe import clusters
 from gausssafe.clusters import FEATURES, _class_silhouettes, _distances, _silhouette, find_clusters, normal_scores
@@ -38,10 +39,12 @@ def test_normal_scores_are_ranks_as_normal_numbers():
 
 
 def test_what_is_apart_is_found():
-    "With the real UMAP"
+    "With the real UMAP, which leaves torch's threads as they were"
     table, kinds = units(90, 6)
+    torch.set_num_threads(1)
     found = find_clusters(table, kinds, n_maps=1, n_permutations=19)
     assert found.n_clusters == 3 and found.p == 1 / 2 and found.class_p == 1 / 20
+    assert torch.get_num_threads() == 1
     assert pd.crosstab(found.points.cluster, found.points["class"]).max(axis=1).sum() > 85
 
 
