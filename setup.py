@@ -18,6 +18,7 @@ setup(
     keywords=config["keywords"].split(),
     license="Apache-2.0",
     packages=find_packages(include=["gausssafe", "gausssafe.*"]),
+    package_data={"gausssafe": ["data/*"]},
     include_package_data=True,
     install_requires=config["requirements"].split(),
     extras_require=extras,

@@ -16,7 +16,9 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "nbs/experiments"
 def parameters(name):
     "{name: default} of the notebook's parameters cell, and its source lines"
     cell, = (cell for cell in nbformat.read(EXPERIMENTS / f"{name}.ipynb", as_version=4).cells if "parameters" in cell.metadata.get("tags", []))
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}, cell.source.splitlines()
+    nodes = ast.parse(cell.source).body
+    names = [(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id for node in nodes]
+    return dict(zip(names, (ast.literal_eval(node.value) for node in nodes), strict=True)), cell.source.splitlines()
 
 
 def run(name, folder, **values):
@@ -56,3 +58,37 @@ def test_a_parameter_that_cannot_be_is_told_in_the_notebook(tmp_path):
 def test_the_background_load_holds_what_it_says_and_ends(tmp_path):
     nb = run("background_load", tmp_path, megabytes=50, seconds=0.5)
     assert any("image/png" in output.get("data", {}) for output in nb.cells[-1].outputs)
+
+
+SMALL_GPT = dict(n_sequences=120, length=17, width=8, n_layers=1, seed=0, memory_limit="20MB", out_dir="found")
+
+
+def said_by(nb): return "".join(o.text for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs if o.get("name") == "stdout")
+
+
+@pytest.mark.parametrize("name", ["prm_map", "hessian_spectrum"])
+def test_parameters_have_a_type_and_a_comment_each(name):
+    defaults, lines = parameters(name)
+    assert len(defaults) == len(lines) and all(": " in line.split(" = ")[0] and "  # " in line for line in lines)
+    assert defaults["memory_limit"] == "100MB" and defaults["n_sequences"] == 500
+
+
+def test_prm_map(tmp_path):
+    nb = run("prm_map", tmp_path, **SMALL_GPT, epochs=3, n_seeds=2, strengths=[0.1, 1.0], n_maps=0)
+    folder = tmp_path / "found"
+    pictures = {"umap_visualization", "prm_phase_diagram", "noise_response_curves", "statistical_summary", "parameter_clustering"}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in pictures} | {"results.json", "results.csv"}
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
+    record = json.loads((folder / "results.json").read_text())
+    assert record["source"] == "measured" and record["config"]["strengths"] == [0.1, 1.0] and record["model"]["name"] == "gpt"
+    assert {row["name"] for row in record["attacks"]} == {"loss", "min_k", "zlib", "reference"}
+    assert record["peak_bytes"] <= 20_000_000 and record["check"][0]["ratio"] == pytest.approx(1, abs=0.3)
+    assert "No significance is claimed" in said_by(nb) and "training included" in said_by(nb)
+
+
+def test_hessian_spectrum(tmp_path):
+    nb = run("hessian_spectrum", tmp_path, **SMALL_GPT, n_curvature=16, epochs=2, k=2, n_probes=2, n_steps=8)
+    record = json.loads((tmp_path / "found/spectrum.json").read_text())
+    assert (tmp_path / "found/spectral_density.png").exists() and record["n_params"] == 93 * 8 + 16 * 8 + 12 * 64 + 13 * 8 + 16
+    assert all(stage["product_peak_bytes"] <= 20_000_000 for stage in (record["before"], record["after"]))
+    assert "Training took the largest eigenvalue from" in said_by(nb)
