@@ -45,8 +45,7 @@ def test_every_bit_comes_back(tmp_path, dtype):
     forms = {"t": tensor, "transposed": tensor.T, "empty": tensor[:0], "scalar": tensor[0, 0]}
     save_checkpoint(tmp_path / "a.safetensors", forms, {"x": [0.1, None, "é"]})
     tensors, about = load_checkpoint(tmp_path / "a.safetensors")
-    assert all(torch.equal(tensors[name], forms[name]) and tensors[name].shape == forms[name].shape for name in forms) and about["x"] == [0.1, None, "é"]
-    assert tensors["t"].dtype == dtype
+    assert all(torch.equal(tensors[name], forms[name]) and tensors[name].dtype == dtype for name in forms) and about["x"] == [0.1, None, "é"]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
