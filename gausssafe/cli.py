@@ -195,3 +195,20 @@ def clean(folder, keep_last, keep_best, archive_after, yes):
     if not actions: click.echo(f"nothing to clean in {folder}")
     elif yes: click.echo(f"{len(actions)} files done, {format_bytes(sum(action.act() for action in actions))} of {format_bytes(total_bytes)} gained")
     else: click.echo(f"{len(actions)} files, {format_bytes(total_bytes)}; nothing was touched: add --yes to do it")
+
+# %% ../nbs/71_cli.ipynb #483a7ec1
+@main.group(short_help="Runs that were written down, and their tracking server.")
+def track():
+    "Runs that were written down, and their tracking server."
+
+
+@track.command("sync")
+@click.argument("folder")
+@click.option("--uri", metavar="URI", help="Database or server, instead of each run's own.")
+@_plain_errors
+def track_sync(folder, uri):
+    "Upload what the tracking server has missed of every run below FOLDER."
+    from gausssafe.tracking import sync
+    states = sync(folder, uri=uri)
+    click.echo("\n".join(map(str, states)) or f"no tracked runs in {folder}")
+    sys.exit(int(any(state.n_left for state in states)))
