@@ -32,15 +32,15 @@ from .checkpoint import Checkpoints, load_checkpoint, read_about, write_whole
 from .errors import InvalidInput, NotFinite, unknown_name
 from .memory import MemoryMonitor, read_limit, read_memory
 from .networks import BoundedGenerator, Critic, DirectGenerator, GaussianGenerator, ResidualGenerator, sign_loss, sign_reward
-from .noise import ClassicalNoise, QuantumNoise, QuantumShadowNoise, seed_streams
+from .noise import ClassicalNoise, MapNoise, QuantumNoise, QuantumShadowNoise, seed_streams
 from .units import format_bytes, format_duration
 
 # %% ../nbs/25_wgan.ipynb #61ad0c85
 class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     "Everything that decides a training; two equal configurations give equal histories on one machine"
 
-    noise: Literal["normal", "uniform", "quantum", "shadow"] = "quantum"  # Where the latent numbers come from
-    n_qubits: int = Field(6, ge=1)  # Quantum and shadow noise: qubits; of quantum noise also numbers in a noise vector
+    noise: Literal["normal", "uniform", "quantum", "shadow", "map"] = "quantum"  # Where the latent numbers come from
+    n_qubits: int = Field(6, ge=1)  # Quantum and shadow noise: qubits; of quantum and map noise also numbers in a noise vector
     n_layers: int = Field(2, ge=1)  # Quantum and shadow noise: layers that learn
     n_observables: int = Field(3, ge=1)  # Shadow noise: random Pauli words, and numbers in a noise vector
     shots: int = Field(100, ge=1)  # Shadow noise: snapshots a sample
@@ -269,7 +269,7 @@ def make_noise(
     circuit = dict(n_qubits=config.n_qubits, n_layers=config.n_layers, seed=seed, memory_limit=config.memory_limit)
     if config.noise == "quantum": return QuantumNoise(**circuit)
     if config.noise == "shadow": return QuantumShadowNoise(**circuit, n_observables=config.n_observables, shots=config.shots)
-    return ClassicalNoise(config.noise, config.z_dim, seed)
+    return MapNoise(config.n_qubits, seed) if config.noise == "map" else ClassicalNoise(config.noise, config.z_dim, seed)
 
 # %% ../nbs/25_wgan.ipynb #aaaf9845
 def make_target(

@@ -35,7 +35,7 @@ def result(): return train()
     (dict(lerning_rate=1e-3), "there is no field 'lerning_rate': did you mean 'learning_rate'?"),
     (dict(zzz=1), "there is no field 'zzz'; the fields are noise, n_qubits, "),
     (dict(noise="quantom"), "there is no noise 'quantom': did you mean 'quantum'?"),
-    (dict(noise="zzz"), "there is no noise 'zzz'; there are normal, uniform, quantum, shadow"),
+    (dict(noise="zzz"), "there is no noise 'zzz'; there are normal, uniform, quantum, shadow, map"),
     (dict(generator="gausian"), "there is no generator 'gausian': did you mean 'gaussian'?"),
     (dict(target="two_gausians"), "there is no target 'two_gausians': did you mean 'two_gaussians'?"),
     (dict(metrics=("mmd", "wassersten")), "there is no metric 'wassersten': did you mean 'wasserstein'?"),
@@ -156,7 +156,7 @@ def test_measuring_does_not_disturb_training(result):
     np.testing.assert_array_equal(result.samples[2], seldom.samples[2])
 
 
-@pytest.mark.parametrize("changes", [dict(noise="normal"), dict(noise="uniform"), dict(generator="direct"), dict(killer=True),
+@pytest.mark.parametrize("changes", [dict(noise="normal"), dict(noise="map"), dict(noise="uniform"), dict(generator="direct"), dict(killer=True),
                                      dict(generator="bounded", noise="normal"), dict(generator="residual"), dict(target="ring"), dict(target="grid"),
                                      dict(critic_hidden=(8,)), dict(critic_hidden=(8, 4, 8)), dict(metrics=("mmd",), best_by="wasserstein_axes"),
                                      dict(target="uniform_square", noise="normal"), dict(n_critic=1), dict(gradient_penalty=0.0),
