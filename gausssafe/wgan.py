@@ -7,6 +7,7 @@ __all__ = ['METRICS', 'CHEAP', 'TARGETS', 'WGANConfig', 'gradient_penalty', 'Cri
            'WGANResult', 'n_stale', 'train_wgan', 'profile_wgan']
 
 # %% ../nbs/25_wgan.ipynb #07782025
+import copy
 import difflib
 import hashlib
 import json
@@ -49,6 +50,7 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     epochs: int = Field(50, ge=1)  # Of n_train / batch_size generator steps
     seed: int = Field(41, ge=0)  # Of everything: data, weights, noise, order
     learning_rate: float = Field(1e-3, gt=0)
+    averaging: float = Field(0.995, ge=0, lt=1)  # What is measured and sampled is an average over steps; this share of it is kept at each. 0: none
     n_critic: int = Field(5, ge=1)  # Critic steps for each of the generator
     gradient_penalty: float = Field(0.2, ge=0)  # Weight of the penalty on the critic's slope
     generator: Literal["gaussian", "direct", "bounded", "residual"] = "gaussian"
@@ -361,6 +363,7 @@ class _Training:
         self.mixture = make_target(config, data)
         self.real, self.held_out = _split(config, self.mixture, seeds["data"])
         self.gan, d = GAN(config, self.mixture), self.mixture.n_features
+        self.averaged = copy.deepcopy(self.gan)
         self.critic = Critic(d, hidden=config.critic_hidden, generator=_torch_generator(seeds["critic"]))
         self.critic_gradient = CriticStep(self.critic, config.batch_size, config.gradient_penalty)
         self.predictor = Critic(d, hidden=config.predictor_hidden, generator=_torch_generator(seeds["predictor"])) if config.killer else None
@@ -391,7 +394,14 @@ class _Training:
         loss = -self.critic(fake).mean()
         if self.config.killer: loss = loss - self.config.killer_weight * sign_reward(self.predictor(fake))
         _update(self.optimizers["gan"], loss)
+        self.average()
         return loss.detach()
+
+    @torch.no_grad()
+    def average(self):
+        "Let the average follow; at first it keeps less, so that it forgets the start"
+        kept = min(self.config.averaging, self.step / (self.step + 1)) if self.config.averaging else 0.0
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.gan.parameters()), 1 - kept)
 
     def round(self):
         "One step of the generator and all that goes before it; the losses, (n_critic + 1,)"
@@ -449,8 +459,8 @@ class _Judge:
         self.all = tuple(dict.fromkeys((*chosen, config.best_by, *self.cheap)))
 
     def samples(self):
-        self.training.gan.settle(seed=self.seed + 1)
-        x = self.training.gan.sample(self.n, seed=self.seed)
+        self.training.averaged.settle(seed=self.seed + 1)
+        x = self.training.averaged.sample(self.n, seed=self.seed)
         _require_finite(x, "samples", self.training.step)
         return x
 
@@ -473,7 +483,7 @@ class WGANResult:
     ideal: dict[str, metrics.Score] = field(repr=False)  # What as many points of the target itself score
     samples: dict[int, np.ndarray] = field(repr=False)  # By epoch of a full measurement: the (n_validation, d) points
     target: np.ndarray = field(repr=False)  # As many held-out points, to draw beside them
-    gan: GAN = field(repr=False)  # Noise and generator, trained
+    gan: GAN = field(repr=False)  # Noise and generator, trained: the average
     weights_before: np.ndarray | None = field(repr=False)  # The circuit's, (n_layers, 2 n_qubits - 1); None for classical noise
     weights_after: np.ndarray | None = field(repr=False)
     memory: pd.DataFrame = field(repr=False)  # The process tree over the training: t_s, tree_bytes, ...
@@ -554,20 +564,23 @@ _TOLD = ("critic_loss", "generator_loss", "log_likelihood", "wasserstein_axes")
 # %% ../nbs/25_wgan.ipynb #92cd461b
 def _state(training):
     "All tensors that decide what comes next"
-    tensors = {f"gan/{name}": value for name, value in [*training.gan.named_parameters(), *training.gan.named_buffers()]}
+    tensors = {f"gan/{name}": value for name, value in _values(training.averaged)}
     for name, player in training.players.items():
-        if name != "gan": tensors |= {f"state/{name}/{key}": value for key, value in player.named_parameters()}
+        tensors |= {f"state/{name}/{key}": value for key, value in _values(player)}
         for i, moments in training.optimizers[name].state_dict()["state"].items():
             tensors |= {f"state/adam/{name}/{i}/{key}": value for key, value in moments.items()}
     return tensors | {f"state/generator/{i}": g.get_state() for i, g in enumerate([*_generators(training.gan), training.order, training.penalty])}
 
 
+def _values(player): return [*player.named_parameters(), *player.named_buffers()]
+
+
 def _restore(training, tensors):
     "The reverse"
     with torch.no_grad():
+        for key, value in _values(training.averaged): value.copy_(tensors[f"gan/{key}"])
         for name, player in training.players.items():
-            prefix = "gan/" if name == "gan" else f"state/{name}/"
-            for key, value in [*player.named_parameters(), *(player.named_buffers() if name == "gan" else [])]: value.copy_(tensors[prefix + key])
+            for key, value in _values(player): value.copy_(tensors[f"state/{name}/{key}"])
     for name, optimizer in training.optimizers.items():
         moments = {}
         for key, value in tensors.items():
@@ -587,6 +600,7 @@ def _fingerprint(training):
 
 def _check_same(training, saved, path):
     mine = _fingerprint(training)
+    saved = json.loads(WGANConfig().model_dump_json()) | saved  # A setting that did not exist then was at its default
     differ = [name for name in mine if saved.get(name) != mine[name]]
     told = "; ".join(f"{name} was {saved.get(name)!r}, is {mine[name]!r}" for name in ([n for n in differ if n != "points"] or differ)[:3])
     if differ: raise InvalidInput(f"{path} is of another configuration: {told}")
@@ -703,7 +717,7 @@ def train_wgan(
     result = WGANResult(
         config=config, history=pd.DataFrame(done.rows), scores=done.scores, ideal=ideal,
         samples={epoch: x.numpy() for epoch, x in done.samples.items()}, target=training.held_out[:config.n_validation].numpy(),
-        gan=training.gan.eval(), weights_before=done.weights_before, weights_after=_circuit_weights(training.gan),
+        gan=training.averaged.eval(), weights_before=done.weights_before, weights_after=_circuit_weights(training.averaged),
         memory=monitor.to_frame(), limit_bytes=monitor.limit_bytes, peak_bytes=max(monitor.peak_bytes, done.peak_bytes),
         seconds=time.perf_counter() - started, n_threads=config.n_threads,
         stopped_early=len(done.rows) < config.epochs, resumed_from=done.resumed_from)

@@ -278,7 +278,7 @@ def test_a_failed_save_leaves_the_old_file(result, tmp_path):
 
 
 def test_the_killer_empties_the_left():
-    changes = dict(noise="normal", epochs=8, n_points=2500, n_train=2000, batch_size=64, n_validation=300, metrics_every=8)
+    changes = dict(noise="normal", epochs=8, n_points=2500, n_train=2000, batch_size=64, n_validation=300, metrics_every=8, averaging=0.9)
     plain, killed = (train(killer=killer, **changes) for killer in (False, True))
     assert abs(plain.scores[8]["is_positive"].value) < 0.9 < killed.scores[8]["is_positive"].value
 
