@@ -50,7 +50,7 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     epochs: int = Field(50, ge=1)  # Of n_train / batch_size generator steps
     seed: int = Field(41, ge=0)  # Of everything: data, weights, noise, order
     learning_rate: float = Field(1e-3, gt=0)
-    averaging: float = Field(0.995, ge=0, lt=1)  # What is measured and sampled is an average over steps; this share of it is kept at each. 0: none
+    averaging: float = Field(0.99, ge=0, lt=1)  # What is measured and sampled is an average over steps; this share of it is kept at each. 0: none
     n_critic: int = Field(5, ge=1)  # Critic steps for each of the generator
     gradient_penalty: float = Field(0.2, ge=0)  # Weight of the penalty on the critic's slope
     generator: Literal["gaussian", "direct", "bounded", "residual"] = "gaussian"

@@ -158,8 +158,9 @@ def test_mlflow_gets_it_from_the_background_and_after_a_kill(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dead_server_stops_nothing_and_gets_it_later(tmp_path):
+def test_a_dead_server_stops_nothing_and_gets_it_later(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
+    monkeypatch.undo()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
