@@ -85,6 +85,9 @@ def time_epochs(repeats):
 
 def time_run(n_threads, epochs, out_dir=None):
     "A whole run: seconds, peak above the imports, bytes kept"
+    import scipy.optimize
+    import scipy.spatial  # noqa: F401
+
     from gausssafe.wgan import WGANConfig, train_wgan
     Path("/proc/self/clear_refs").write_text("5")
     before = process_bytes("VmRSS")
