@@ -679,7 +679,7 @@ def _newest(path, config):
     if path.is_file(): return path
     newest = Checkpoints(path / "checkpoints").latest()
     if newest: return newest.path
-    if not path.is_dir() and path != Path(config.out_dir or ""): raise InvalidInput(f"there is no run {path} to go on from")
+    if config.out_dir is None or path.resolve() != Path(config.out_dir).resolve(): raise InvalidInput(f"there is no run {path} to go on from")
     return None
 
 # %% ../nbs/25_wgan.ipynb #d6238820

@@ -365,6 +365,7 @@ def test_checkpoints_are_few(tmp_path):
 def test_what_cannot_be_resumed(tmp_path):
     config = tiny(noise="normal", out_dir=str(tmp_path / "run"), n_critic=1)
     with pytest.raises(InvalidInput, match="there is no run .*gone to go on from"): train_wgan(config, resume=tmp_path / "gone")
+    with pytest.raises(InvalidInput, match="there is no run .* to go on from"): train_wgan(config, resume=tmp_path)
     with pytest.raises(KeyboardInterrupt): train_wgan(config, progress=False, callback=stop_at(2))
     with pytest.raises(InvalidInput, match="ended at epoch 1 before it was finished: go on with resume="): train_wgan(config, progress=False)
     with pytest.raises(InvalidInput, match="is of another configuration: hidden was .16, 16., is .16, 8."):
