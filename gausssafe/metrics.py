@@ -770,7 +770,7 @@ def _check_modes(mixture):
 def modes(
     x: torch.Tensor,  # Samples, (n, d)
     mixture,  # A GaussianMixture
-) -> pd.DataFrame:  # A row a mode: weight, share, inside, offset and width (both in standard deviations)
+) -> pd.DataFrame:  # A row a mode: weight, share, inside; offset, width and std in standard deviations
     "What each mode got, and what became of its shape"
     _check_modes(mixture)
     x = _check_against(x, mixture, 1).double()
@@ -781,7 +781,9 @@ def modes(
         own = x[(nearest == k) & (distances <= RADIUS * mixture.std)] - centres[k]
         width = (own.var(0).mean().sqrt().item() / mixture.std / _expected_width(x.shape[1])) if len(own) > 1 else math.nan
         offset = own.mean(0).norm().item() / mixture.std if len(own) else math.nan
-        rows.append({"weight": weight, "share": (nearest == k).double().mean().item(), "inside": len(own) / len(x), "offset": offset, "width": width})
+        std = x[nearest == k].var(0).mean().sqrt().item() / mixture.std if len(own) > 1 else math.nan
+        share = (nearest == k).double().mean().item()
+        rows.append({"weight": weight, "share": share, "inside": len(own) / len(x), "offset": offset, "width": width, "std": std})
     return pd.DataFrame(rows).rename_axis("mode")
 
 # %% ../nbs/21_metrics.ipynb #38280f43
