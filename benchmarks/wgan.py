@@ -5,7 +5,8 @@
 "plain" is the reports' loop written down again: separate passes of the critic for data, fake and the points between, Adam as it comes, a loss
 read out at every step, noise drawn anew for each critic step. The reports' six metrics, with two full kernel matrices (13 GB), are the business of
 `benchmarks/metrics.py`; here only the training part is compared. Both ways take turns in one process of one thread, epoch by epoch, and the
-table shows medians and ratios of medians, in processor seconds, which neighbours on the machine disturb less. Whole runs are by the clock. Memory is the high-water mark of a fresh process above what its imports left.
+table shows medians and ratios of medians, in processor seconds, which neighbours on the machine disturb less. Whole runs are by the clock.
+Memory is the high-water mark of a fresh process above what its imports left.
 """
 import argparse
 import json

@@ -115,7 +115,9 @@ def plot_metrics(
     fig, axes = plt.subplots(2, n_columns, figsize=(3.1 * n_columns, 5), sharex=True, squeeze=False, constrained_layout=True)
     for name, ax in zip(names, axes.flat, strict=False):
         for result in results: plot_metric(result, name, ax=ax)
-    for ax, below in zip(axes[0], axes.flat[n_columns:], strict=True): ax.set(xlabel="" if below.lines else "epoch")
+    for ax, below in zip(axes[0], axes[1], strict=True):
+        if below.lines: ax.set_xlabel("")
+        else: ax.tick_params(labelbottom=True)
     for ax in axes.flat[len(names):]: ax.axis("off")
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
