@@ -179,6 +179,41 @@ def kernel_remove(name):
     remove_kernel(name)
     click.echo(f"removed {name}")
 
+# %% ../nbs/71_cli.ipynb #350705dc
+@main.command(short_help="Make room: old and superfluous checkpoints.")
+@click.option("--checkpoints", "folder", required=True, metavar="PATH", help="A folder with runs somewhere below.")
+@click.option("--keep-last", default=5, show_default=True, metavar="N", help="Of a run, to go on from.")
+@click.option("--keep-best", default=3, show_default=True, metavar="N", help="Of a run, to use.")
+@click.option("--archive-after", default="720h", show_default=True, metavar="DURATION", help="Older ones are compressed.")
+@click.option("--yes", is_flag=True, help="Do it; without this it is only listed.")
+@_plain_errors
+def clean(folder, keep_last, keep_best, archive_after, yes):
+    "List the checkpoints that a folder of runs could do without; with --yes, remove and compress them."
+    from gausssafe.checkpoint import plan_cleaning
+    actions = plan_cleaning(folder, keep_last=keep_last, keep_best=keep_best, archive_after_s=parse_duration(archive_after))
+    for action in actions: click.echo(str(action))
+    total_bytes = sum(action.size_bytes for action in actions)
+    if not actions: click.echo(f"nothing to clean in {folder}")
+    elif yes: click.echo(f"{len(actions)} files done, {format_bytes(sum(action.act() for action in actions))} of {format_bytes(total_bytes)} gained")
+    else: click.echo(f"{len(actions)} files, {format_bytes(total_bytes)}; nothing was touched: add --yes to do it")
+
+# %% ../nbs/71_cli.ipynb #483a7ec1
+@main.group(short_help="Runs that were written down, and their tracking server.")
+def track():
+    "Runs that were written down, and their tracking server."
+
+
+@track.command("sync")
+@click.argument("folder")
+@click.option("--uri", metavar="URI", help="Database or server, instead of each run's own.")
+@_plain_errors
+def track_sync(folder, uri):
+    "Upload what the tracking server has missed of every run below FOLDER."
+    from gausssafe.tracking import sync
+    states = sync(folder, uri=uri)
+    click.echo("\n".join(map(str, states)) or f"no tracked runs in {folder}")
+    sys.exit(int(any(state.n_left for state in states)))
+
 # %% ../nbs/71_cli.ipynb #915a7809
 @main.command(short_help="Run many notebooks from a settings file.")
 @click.argument("settings", metavar="SETTINGS")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GausssafeError', 'MemoryBudgetExceeded', 'where', 'MemoryLimitExceeded', 'TimeLimitExceeded', 'RunFailed',
-           'KernelDied', 'NotebookFailed', 'RunLost', 'InvalidInput', 'NotFinite']
+           'KernelDied', 'NotebookFailed', 'RunLost', 'InvalidInput', 'NotFinite', 'unknown_name', 'DiskFull']
 
 # %% ../nbs/01_errors.ipynb #252aaa81
+import difflib
 import signal
 
 from .units import format_bytes, format_duration
@@ -109,3 +110,24 @@ class NotFinite(GausssafeError, ArithmeticError):
     def _message(self):
         at = "" if self.step is None else f" at step {self.step}"
         return f"{self.what}: {self.n_bad} of {self.n_total} values are NaN or infinite{at}"
+
+# %% ../nbs/01_errors.ipynb #f932beab
+def unknown_name(
+    what: str,  # Such as "noise"
+    name: object,  # As it was given
+    names,  # Those there are
+) -> InvalidInput:  # To be raised
+    "A refusal that names the nearest valid name, or all of them"
+    near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.4)
+    return InvalidInput(f"there is no {what} {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"))
+
+# %% ../nbs/01_errors.ipynb #eec126d8
+class DiskFull(GausssafeError, OSError):
+    "`path` needed `needed_bytes` of a disk with `free_bytes`; files that were there before are as they were"
+
+    def __init__(self, message: str = "", *, path: str = "a file", needed_bytes: int = 0, free_bytes: int = 0):
+        super().__init__(message, path=path, needed_bytes=needed_bytes, free_bytes=free_bytes)
+
+    def _message(self):
+        return (f"{self.path} needs {format_bytes(self.needed_bytes)}; {format_bytes(self.free_bytes)} of the disk is free. "
+                "Nothing that was saved is lost. Make room (`gausssafe clean --checkpoints PATH` lists what can go), then resume.")

@@ -83,7 +83,8 @@ def plot_losses(
 
 # %% ../nbs/50_plots.ipynb #70a9d97a
 METRIC_LABELS = {"is_positive": "sign of x, mean", "log_likelihood": "log-likelihood (nats)", "kl_divergence": "KL divergence (nats)",
-                 "wasserstein": "Wasserstein distance", "mmd": "MMD", "mmd_multiscale": "MMD², five widths"}
+                 "wasserstein": "Wasserstein distance", "wasserstein_axes": "Wasserstein, per axis", "mmd": "MMD",
+                 "mmd_multiscale": "MMD², five widths"}
 
 
 def plot_metric(
@@ -94,7 +95,7 @@ def plot_metric(
 ) -> Axes:
     "One metric over the epochs, with two standard errors, against the ideal"
     ax, colour, ideal = _axes(ax), noise_colour(result.config.noise), result.ideal[name]
-    epochs = sorted(epoch for epoch, scores in result.scores.items() if epoch and math.isfinite(scores[name].value))
+    epochs = sorted(epoch for epoch, scores in result.scores.items() if epoch and name in scores and math.isfinite(scores[name].value))
     scores = [result.scores[epoch][name] for epoch in epochs]
     ax.fill_between(epochs, *([score.value + s * score.stderr for score in scores] for s in (-2, 2)), color=colour, alpha=0.2, lw=0)
     ax.plot(epochs, [score.value for score in scores], "o-", ms=3, color=colour, label=f"{result.config.noise} noise")
@@ -108,14 +109,19 @@ def plot_metric(
 def plot_metrics(
     *results,  # One or more `WGANResult`s
 ) -> list[Axes]:
-    "All six metrics; several results share the panels"
-    fig, axes = plt.subplots(2, 3, figsize=(10, 5), sharex=True, constrained_layout=True)
-    for name, ax in zip(METRIC_LABELS, axes.flat, strict=True):
+    "Every metric that all results have; they share the panels"
+    names = [name for name in METRIC_LABELS if all(name in result.ideal for result in results)]
+    n_columns = math.ceil(len(names) / 2)
+    fig, axes = plt.subplots(2, n_columns, figsize=(3.1 * n_columns, 5), sharex=True, squeeze=False, constrained_layout=True)
+    for name, ax in zip(names, axes.flat, strict=False):
         for result in results: plot_metric(result, name, ax=ax)
-    for ax in axes[0]: ax.set_xlabel("")
-    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    for ax, below in zip(axes[0], axes[1], strict=True):
+        if below.lines: ax.set_xlabel("")
+        else: ax.tick_params(labelbottom=True)
+    for ax in axes.flat[len(names):]: ax.axis("off")
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
-    return list(axes.flat)
+    return list(axes.flat[:len(names)])
 
 # %% ../nbs/50_plots.ipynb #c3112467
 def plot_memory(

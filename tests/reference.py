@@ -56,9 +56,9 @@ def median_squared_distance(y):
     return float(np.median(((y[i] - y[j]) ** 2).sum(-1)))
 
 
-def cheapest_assignment(x, y):
-    "Mean cost of the best one-to-one assignment, by trying them all"
-    return min(float(np.mean(np.linalg.norm(x - y[list(order)], axis=1))) for order in itertools.permutations(range(len(y))))
+def cheapest_assignment(x, y, order=1):
+    "Wasserstein distance by the best one-to-one assignment, found by trying them all"
+    return min(float(np.mean(np.linalg.norm(x - y[list(p)], axis=1) ** order)) for p in itertools.permutations(range(len(y)))) ** (1 / order)
 
 # noise: report A's circuit, one gate and one sample at a time, on state vectors in float64
 

@@ -50,7 +50,7 @@ def test_quantum_gan(tmp_path, noise):
 
 
 def test_a_parameter_that_cannot_be_is_told_in_the_notebook(tmp_path):
-    message = "InvalidInput: noise: Input should be 'normal', 'uniform', 'quantum' or 'shadow', not 'quantom'"
+    message = "InvalidInput: there is no noise 'quantom': did you mean 'quantum'?"
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run("quantum_gan", tmp_path, noise="quantom")
 
@@ -92,3 +92,38 @@ def test_hessian_spectrum(tmp_path):
     assert (tmp_path / "found/spectral_density.png").exists() and record["n_params"] == 93 * 8 + 16 * 8 + 12 * 64 + 13 * 8 + 16
     assert all(stage["product_peak_bytes"] <= 20_000_000 for stage in (record["before"], record["after"]))
     assert "Training took the largest eigenvalue from" in said_by(nb)
+
+
+SMALL = dict(n_qubits=2, n_layers=1, batch_size=64, hidden=8, epochs=3, n_points=1200, out_dir="found")
+
+
+@pytest.mark.parametrize("name", ["quantum_vs_classical", "gan_2d"])
+def test_every_parameter_says_what_it_is(name):
+    defaults, lines = parameters(name)
+    assert sum("  # " in line for line in lines) >= len(defaults) - 1 and set(SMALL) <= set(defaults)
+
+
+def test_quantum_vs_classical(tmp_path):
+    small = dict(SMALL, noises="normal map quantum", n_seeds=2, metrics_every=2, n_final=500)
+    run("quantum_vs_classical", tmp_path, **small)
+    folder = tmp_path / "found"
+    record = json.loads((folder / "results.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {"runs", "results.json", "final.png", "samples.png", "training.png"}
+    assert len(record["final"]) == 6 and set(record["differences"]) == {"quantum - normal", "quantum - map"}
+    assert all(row["sliced_wasserstein"] > 0 for row in record["final"]) and set(record["batch_seconds"]) == {"normal", "map", "quantum"}
+    assert {answer["answer"] for answer in record["differences"].values()} <= {"better", "worse", "cannot be told apart"}
+    by_hand = [row["sliced_wasserstein"] * (1 if row["noise"] == "quantum" else -1) for row in record["final"] if row["noise"] != "map"]
+    assert record["differences"]["quantum - normal"]["mean"] == pytest.approx(sum(by_hand) / 2)
+
+
+@pytest.mark.parametrize("changes", [dict(noise="quantum"), dict(noise="normal", target="uniform_square", generator="bounded")])
+def test_gan_2d(tmp_path, changes):
+    nb = run("gan_2d", tmp_path, **SMALL, metrics_every=2, **changes)
+    folder = tmp_path / "found"
+    pictures = {"training.png", "losses.png", "metrics.png", "modes.png", "noise.png", "memory.png"}
+    assert {path.name for path in folder.iterdir() if path.is_file() and path.name[0] != "."} == pictures | {
+        "results.json", "samples.npz", "trace.json", "tracking.jsonl"}
+    record = json.loads((folder / "results.json").read_text())
+    assert [row["epoch"] for row in record["history"]] == [1, 2, 3] and record["answer"]["resumed_from"] >= 1
+    assert ("worst_balance" in record["answer"]) == (changes["noise"] == "quantum")
+    assert any("interrupted" in output.get("text", "") for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gausssafe import metrics
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.memory import count_tensor_bytes
-from gausssafe.mixture import GaussianMixture, two_gaussians, uniform_square
+from gausssafe.mixture import GaussianMixture, Points, grid, two_gaussians, uniform_square
 
 MIXTURE = two_gaussians()
 
@@ -268,7 +268,8 @@ def test_gradients_do_not_leak():
     assert isinstance(metrics.mmd(x, cloud(40)).value, float) and x.grad is None
 
 
-METRICS_OF_TARGET = [metrics.mmd, metrics.mmd_multiscale, metrics.wasserstein, metrics.kl_histogram]
+METRICS_OF_TARGET = [metrics.mmd, metrics.mmd_multiscale, metrics.wasserstein, metrics.kl_histogram, metrics.sliced_wasserstein,
+                     metrics.wasserstein_axes]
 
 
 @pytest.mark.parametrize("metric", METRICS_OF_TARGET, ids=lambda f: f.__name__)
@@ -309,7 +310,14 @@ def test_nan_in_the_other_metrics(metric):
     (lambda: metrics.log_likelihood(cloud(9, 1), MIXTURE), r"shape \(n, 2\)"),
     (lambda: metrics.kl_divergence(cloud(9), metrics.Target(cloud(9))), "a density is needed.*not Target"),
     (lambda: metrics.mmd_multiscale(cloud(9), cloud(9, scale=1e200)), "distance within the target is inf"),
-    (lambda: metrics.estimate_bytes("fid", cloud(9), cloud(9)), "metric is one of mmd, mmd_multiscale, wasserstein, not 'fid'"),
+    (lambda: metrics.estimate_bytes("mdm", cloud(9), cloud(9)), "there is no metric to plan 'mdm': did you mean 'mmd'?"),
+    (lambda: metrics.wasserstein(cloud(5), cloud(5), order=3), "order is 1 or 2, not 3"),
+    (lambda: metrics.sliced_wasserstein(cloud(5), cloud(5), n_projections=0), "n_projections is a count"),
+    (lambda: metrics.wasserstein_axes(cloud(5, 3), cloud(5)), r"samples have shape \(n, 2\)"),
+    (lambda: metrics.kl_kde(cloud(2), MIXTURE), "n >= 3"),
+    (lambda: metrics.modes(cloud(5), uniform_square()), "modes need a GaussianMixture, not UniformBox"),
+    (lambda: metrics.measure(("wassersten",), cloud(9), metrics.Target(cloud(9)), MIXTURE), "no metric 'wassersten': did you mean 'wasserstein'?"),
+    (lambda: metrics.measure(("kl_kde",), cloud(9), metrics.Target(cloud(9)), Points(cloud(9))), "kl_kde needs a target whose density is known"),
     (lambda: metrics.Target(cloud(9)[0]), r"target have shape \(n, d\)"),
 ])
 def test_refusals(call, says):
@@ -330,6 +338,80 @@ def test_a_sweep_of_kernels_does_not_grow_the_target_for_ever():
     assert metrics.mmd(x, target, gamma=1).value == metrics.mmd(x, cloud(50), gamma=1).value
     metrics.mmd_multiscale(x, target)
     assert metrics.mmd_multiscale(x, target).value == metrics.mmd_multiscale(x, cloud(50)).value
+
+
+@given(st.integers(1, 25), st.integers(1, 25), st.sampled_from([1, 2]), st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_along_a_line_as_by_replication(n, m, order, seed):
+    "n points and m points: each repeated until both are n m, then matched in order"
+    x, y = cloud(n, 1, seed), cloud(m, 1, seed + 1)
+    a, b = x.flatten().sort().values.repeat_interleave(m), y.flatten().sort().values.repeat_interleave(n)
+    assert metrics.wasserstein_axes(x, y, order=order).value == pytest.approx((a - b).abs().pow(order).mean().item() ** (1 / order), rel=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_axes_agree_with_the_assignment_in_one_dimension(order):
+    x, y = cloud(80, 1, 1), cloud(80, 1, 2)
+    assert metrics.wasserstein_axes(x, y, order=order).value == pytest.approx(metrics.wasserstein(x, y, order=order).value, rel=1e-9)
+    sliced = metrics.sliced_wasserstein(x, y, order=order, n_projections=3)
+    assert sliced.value == pytest.approx(metrics.wasserstein(x, y, order=order).value, rel=1e-9)
+
+
+def test_the_second_order_is_at_least_the_first():
+    x, y = MIXTURE.sample(300, seed=1), MIXTURE.sample(300, seed=2)
+    assert metrics.wasserstein(x, y, order=2).value >= metrics.wasserstein(x, y).value
+    naive = reference.cheapest_assignment(x[:6].double().numpy(), y[:6].double().numpy(), order=2)
+    assert metrics.wasserstein(x[:6], y[:6], order=2).value == pytest.approx(naive, rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", ["3MB", "6MB", "50MB"])
+def test_lines_stay_under_their_limit(limit):
+    x, target = MIXTURE.sample(500, seed=1), metrics.Target(MIXTURE.sample(20_000, seed=2))
+    with count_tensor_bytes() as counted: score = metrics.sliced_wasserstein(x, target, memory_limit=limit)
+    assert counted.peak_bytes <= score.plan.limit_bytes and score.value == pytest.approx(metrics.sliced_wasserstein(x, target).value, rel=1e-12)
+    with pytest.raises(MemoryBudgetExceeded, match="along a line"): metrics.sliced_wasserstein(x, target, memory_limit="1MB")
+
+
+def test_kde_leaves_each_point_out():
+    points, width = cloud(30), 0.7
+    naive = [torch.exp(-((points - point) ** 2).sum(1) / (2 * width**2)) / (2 * math.pi * width**2) for point in points]
+    left_out = [(density.sum() - density[i]).item() / 29 for i, density in enumerate(naive)]
+    assert metrics._leave_one_out(points, [width])[0].item() == pytest.approx(np.mean(np.log(left_out)), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_kde_divergence_of_gaussians_in_closed_form(scale):
+    mixture = GaussianMixture(((0.0, 0.0),), name="unit")
+    score = metrics.kl_kde(mixture.sample(3000, seed=1) * scale, mixture)
+    assert score.value == pytest.approx(2 * (scale**2 / 2 - 0.5 - math.log(scale)), abs=0.08 + 4 * score.stderr)
+
+
+def test_modes_are_counted_and_weighed():
+    mixture = grid(3)
+    x = mixture.sample(9000, seed=1)
+    table = metrics.modes(x, mixture)
+    assert len(table) == 9 and table.share.sum() == pytest.approx(1) and (table.width - 1).abs().max() < 0.06 and table.offset.max() < 0.12
+    kept = x[(x - torch.tensor(mixture.means[4])).norm(dim=1) > 2]
+    assert metrics.mode_coverage(kept, mixture).value == pytest.approx(8 / 9) and metrics.mode_balance(kept, mixture).value < 0.05
+    assert 0.85 < metrics.mode_balance(x, mixture).value <= 1 and metrics.mode_balance(x, mixture).floor == pytest.approx(0.95, abs=0.05)
+
+
+def test_floors_are_what_perfect_samples_score():
+    y = MIXTURE.sample(4000, seed=3)
+    target = metrics.Target(y, source=MIXTURE)
+    for metric in (metrics.mmd, metrics.kl_histogram, metrics.wasserstein_axes):
+        perfect = [metric(MIXTURE.sample(300, seed=50 + i), target) for i in range(8)]
+        values = [score.value for score in perfect]
+        assert abs(perfect[0].floor - np.mean(values)) < 4 * np.std(values, ddof=1) * (1 / 8 + 1 / metrics.N_FLOORS) ** 0.5
+        split = metric(MIXTURE.sample(300, seed=50), y)
+        assert 0.3 < split.floor / perfect[0].floor < 3 and math.isnan(metric(y[:3000], y).floor)
+    assert metrics.log_likelihood(y, MIXTURE).floor == -MIXTURE.entropy().value and math.isnan(metrics.is_positive(y).floor)
+
+
+def test_what_can_be_measured_depends_on_the_target():
+    everything = set(metrics.METRICS)
+    assert set(metrics.measurable(MIXTURE)) == everything and set(metrics.measurable(uniform_square())) == everything - set(metrics.NEED_MODES)
+    assert set(metrics.measurable(Points(cloud(9)))) == everything - set(metrics.NEED_MODES) - set(metrics.NEED_DENSITY)
 
 
 @pytest.mark.gpu

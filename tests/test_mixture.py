@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from gausssafe.errors import InvalidInput, NotFinite
-from gausssafe.mixture import GaussianMixture, UniformBox, two_gaussians, uniform_square
+from gausssafe.mixture import GaussianMixture, Points, UniformBox, grid, read_points, ring, two_gaussians, uniform_square
 
 TARGETS = [two_gaussians(), uniform_square()]
 
@@ -120,3 +120,29 @@ def test_refusals(call, says):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
 def test_nan_is_counted(target):
     with pytest.raises(NotFinite, match="points: 2 of 6 values"): target.log_prob(torch.tensor([[math.nan, 0.0], [0.0, 0.0], [1.0, math.nan]]))
+
+
+def test_many_modes():
+    assert torch.tensor(ring(5, radius=3).means).norm(dim=1).tolist() == pytest.approx([3] * 5) and len(ring().means) == 8
+    assert sorted(grid(2, spacing=2).means) == [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+
+
+@pytest.mark.parametrize(("text", "error", "says"), [
+    ("", InvalidInput, "is no table of numbers"), ("1,2\n3,4,5\n", InvalidInput, "is no table of numbers"), ("x,y\n", InvalidInput, "not empty"),
+    ("1,2\n3,four\n", InvalidInput, "'four' in line 2, column 2, is not a number"), ("a,b\n1,2\nnan,4\n", NotFinite, "target p.csv: 1 of 4 values"),
+    ("1,2\n3,inf\n", NotFinite, "1 of 4 values")])
+def test_bad_tables_are_told(tmp_path, text, error, says):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(error, match=says): read_points(tmp_path / "p.csv")
+
+
+def test_points_of_ones_own(tmp_path):
+    with pytest.raises(InvalidInput, match="there is no file"): read_points(tmp_path / "gone.csv")
+    for bad in ([[1.0]], torch.zeros(3), torch.zeros(0, 2), torch.zeros(3, 2, dtype=torch.long)):
+        with pytest.raises(InvalidInput, match="a target is a floating-point tensor"): Points(bad)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    drawn = Points(x).sample(50, seed=1)
+    assert torch.equal(drawn.sort(0).values, x.sort(0).values) and torch.equal(Points(x).sample(9, seed=2), Points(x).sample(9, seed=2))
+    with pytest.raises(InvalidInput, match="51 different points cannot be drawn from 50"): Points(x).sample(51)
+    (tmp_path / "p.csv").write_text("\n".join(",".join(map(repr, row)) for row in x.double().tolist()))
+    assert torch.equal(read_points(tmp_path / "p.csv").points, x)

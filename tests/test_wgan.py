@@ -17,8 +17,9 @@ from gausssafe.networks import Critic
 from gausssafe.wgan import GAN, METRICS, WGANConfig, gradient_penalty, train_wgan
 
 TINY = dict(n_qubits=3, n_layers=2, batch_size=32, epochs=2, n_points=600, n_train=500, n_validation=50, n_critic=2, n_predictor=2,
-            generator_hidden=(16, 16), critic_hidden=(16, 16), predictor_hidden=(8,))
-MEASURED_ALIKE = ["epoch", "critic_loss", "generator_loss", *METRICS]
+            hidden=(16, 16), critic_hidden=(16, 16), predictor_hidden=(8,))
+ALL = [*METRICS, "wasserstein_axes"]
+MEASURED_ALIKE = ["epoch", "critic_loss", "generator_loss", *ALL]
 
 
 def tiny(**changes): return WGANConfig(**TINY | changes)
@@ -33,7 +34,12 @@ def result(): return train()
     (dict(epoch=3), "there is no field 'epoch': did you mean 'epochs'?"),
     (dict(lerning_rate=1e-3), "there is no field 'lerning_rate': did you mean 'learning_rate'?"),
     (dict(zzz=1), "there is no field 'zzz'; the fields are noise, n_qubits, "),
-    (dict(noise="quantom"), "noise: Input should be 'normal', 'uniform', 'quantum' or 'shadow', not 'quantom'"),
+    (dict(noise="quantom"), "there is no noise 'quantom': did you mean 'quantum'?"),
+    (dict(noise="zzz"), "there is no noise 'zzz'; there are normal, uniform, quantum, shadow, map"),
+    (dict(generator="gausian"), "there is no generator 'gausian': did you mean 'gaussian'?"),
+    (dict(target="two_gausians"), "there is no target 'two_gausians': did you mean 'two_gaussians'?"),
+    (dict(metrics=("mmd", "wassersten")), "there is no metric 'wassersten': did you mean 'wasserstein'?"),
+    (dict(best_by="is_positive"), "best_by = 'is_positive' is no distance: use one of wasserstein, "),
     (dict(epochs=0), "epochs: Input should be greater than or equal to 1, not 0"),
     (dict(epochs="2"), "epochs: Input should be a valid integer, not '2'"),
     (dict(epochs=True), "epochs: Input should be a valid integer, not True"),
@@ -67,7 +73,7 @@ def test_the_profiles_of_report_a(name, circuit):
 
 def test_the_quick_profile_and_what_profiles_refuse():
     fast, full = WGANConfig.profile("fast"), WGANConfig()
-    assert fast.n_critic < full.n_critic and fast.metrics_every > full.metrics_every and max(fast.generator_hidden) < 256
+    assert fast.n_critic < full.n_critic and fast.metrics_every > full.metrics_every and max(fast.hidden) < 256
     with pytest.raises(InvalidInput, match="there is no profile '2GB': use 4GB, 8GB, 16GB, fast"): WGANConfig.profile("2GB")
     with pytest.raises(InvalidInput, match="did you mean 'epochs'"): WGANConfig.profile("4GB", epoch=1)
 
@@ -76,7 +82,7 @@ def test_the_defaults_are_the_reports():
     config = WGANConfig()
     assert (config.seed, config.batch_size, config.learning_rate, config.gradient_penalty) == (41, 256, 1e-3, 0.2)
     assert config.n_critic == config.n_predictor == 5
-    assert (config.generator_hidden, config.critic_hidden, config.predictor_hidden) == ((256, 256), (256, 256), (128, 128))
+    assert (config.hidden, config.critic_hidden, config.predictor_hidden) == ((256, 256), (256, 256), (128, 128))
     assert (config.z_dim, config.epochs, config.n_points, config.n_train, config.killer, config.killer_weight) == (4, 50, 20_000, 16_000, False, 100)
 
 
@@ -95,8 +101,8 @@ def test_the_history_has_its_columns(result):
     assert list(result.history) == [*MEASURED_ALIKE, "seconds", "peak_bytes"] and list(result.history.epoch) == [1, 2]
     assert result.history.notna().all().all() and (result.history.seconds > 0).all()
     assert 10**8 < result.history.peak_bytes.max() <= result.peak_bytes < result.limit_bytes
-    assert set(result.scores) == set(result.samples) == {0, 1, 2} and set(result.ideal) == set(METRICS)
-    for name in METRICS: assert result.history[name].iloc[-1] == result.scores[2][name].value
+    assert set(result.scores) == set(result.samples) == {0, 1, 2} and set(result.ideal) == set(ALL)
+    for name in ALL: assert result.history[name].iloc[-1] == result.scores[2][name].value
     assert list(result.memory)[:2] == ["t_s", "tree_bytes"] and result.n_threads == 1
 
 
@@ -142,12 +148,17 @@ def test_global_seeds_do_not_matter(result):
 
 def test_measuring_does_not_disturb_training(result):
     seldom = train(metrics_every=5)
-    assert seldom.history[list(METRICS)].isna().all(axis=1).tolist() == [True, False]
+    cheap = list(wgan.CHEAP)
+    assert seldom.history[[n for n in ALL if n not in cheap]].isna().all(axis=1).tolist() == [True, False]
+    assert set(seldom.scores[1]) == set(cheap) and set(seldom.samples) == {0, 2}
+    pd.testing.assert_frame_equal(result.history[cheap], seldom.history[cheap], check_exact=True)
     pd.testing.assert_frame_equal(result.history[MEASURED_ALIKE[:3]], seldom.history[MEASURED_ALIKE[:3]], check_exact=True)
     np.testing.assert_array_equal(result.samples[2], seldom.samples[2])
 
 
-@pytest.mark.parametrize("changes", [dict(noise="normal"), dict(noise="uniform"), dict(generator="direct"), dict(killer=True),
+@pytest.mark.parametrize("changes", [dict(noise="normal"), dict(noise="map"), dict(noise="uniform"), dict(generator="direct"), dict(killer=True),
+                                     dict(generator="bounded", noise="normal"), dict(generator="residual"), dict(target="ring"), dict(target="grid"),
+                                     dict(critic_hidden=(8,)), dict(critic_hidden=(8, 4, 8)), dict(metrics=("mmd",), best_by="wasserstein_axes"),
                                      dict(target="uniform_square", noise="normal"), dict(n_critic=1), dict(gradient_penalty=0.0),
                                      dict(batch_size=700)])
 def test_every_variant_trains(changes):
@@ -186,8 +197,8 @@ def test_a_lost_loss_is_named_with_its_step(monkeypatch, step):
 ])
 def test_lost_samples_never_become_a_metric(monkeypatch, poison, message):
     make = wgan.GAN
-    def poisoned(config):
-        gan = make(config)
+    def poisoned(*arguments):
+        gan = make(*arguments)
         with torch.no_grad(): poison(gan)
         return gan
     monkeypatch.setattr(wgan, "GAN", poisoned)
@@ -216,7 +227,7 @@ def test_noise_from_shots_trains_and_repeats():
 
 
 def test_a_limit_that_nothing_fits_is_refused_before_training():
-    with pytest.raises(MemoryBudgetExceeded, match="14 qubits x batch"): train(n_qubits=14, memory_limit="10kB")
+    with pytest.raises(MemoryBudgetExceeded, match="14 qubits x batch"): train(n_qubits=14, memory_limit="60kB", metrics=("mmd",), best_by="mmd")
 
 
 def test_a_limit_chunks_the_noise_and_changes_nothing_much(result):
@@ -229,8 +240,8 @@ def test_progress_is_lines_on_standard_error(capsys):
     out, err = capsys.readouterr()
     lines = err.strip().splitlines()
     assert out == "" and len(lines) == 2
-    assert lines[0].startswith("epoch 1/2: critic_loss ") and "log_likelihood" not in lines[0]
-    assert "log_likelihood" in lines[1] and lines[1].endswith(("MB", "GB"))
+    assert lines[0].startswith("epoch 1/2: critic_loss ") and "log_likelihood" in lines[0]
+    assert "wasserstein_axes" in lines[1] and lines[1].endswith(("MB", "GB"))
     train_wgan(tiny(epochs=1), progress=False)
     assert capsys.readouterr() == ("", "")
 
@@ -253,6 +264,13 @@ def test_what_is_saved(result, tmp_path):
         np.testing.assert_array_equal(saved["epoch_2"], result.samples[2])
 
 
+def test_nothing_is_written_without_a_folder(result, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(epochs=1)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InvalidInput, match="there is no out_dir to save to"): result.save()
+
+
 def test_a_failed_save_leaves_the_old_file(result, tmp_path):
     result.save(tmp_path, answer="old")
     with pytest.raises(TypeError): result.save(tmp_path, answer=object())
@@ -260,7 +278,7 @@ def test_a_failed_save_leaves_the_old_file(result, tmp_path):
 
 
 def test_the_killer_empties_the_left():
-    changes = dict(noise="normal", epochs=8, n_points=2500, n_train=2000, batch_size=64, n_validation=300, metrics_every=8)
+    changes = dict(noise="normal", epochs=8, n_points=2500, n_train=2000, batch_size=64, n_validation=300, metrics_every=8, averaging=0.9)
     plain, killed = (train(killer=killer, **changes) for killer in (False, True))
     assert abs(plain.scores[8]["is_positive"].value) < 0.9 < killed.scores[8]["is_positive"].value
 
@@ -272,3 +290,158 @@ def test_both_modes_are_found(noise):
     x, centres = result.gan.sample(2000, seed=1), torch.tensor([[-5.0, 5.0], [5.0, 5.0]])
     shares = (torch.cdist(x, centres) < 3).float().mean(0)
     assert (shares > 0.35).all() and result.scores[10]["log_likelihood"].value > -4.5
+
+
+def test_the_step_by_hand_is_that_of_the_textbook():
+    generator = torch.Generator().manual_seed(0)
+    for hidden, d, weight in (((8,), 2, 0.2), ((16, 8), 3, 10.0), ((8, 16, 8, 4), 1, 1.0)):
+        critic = Critic(d, hidden=hidden, generator=generator).double()
+        real, fake = (torch.randn(20, d, dtype=torch.float64, generator=generator) for _ in range(2))
+        penalty = gradient_penalty(critic, real, fake, generator=torch.Generator().manual_seed(3))
+        loss = critic(fake).mean() - critic(real).mean() + weight * penalty
+        expected = torch.autograd.grad(loss, list(critic.parameters()))
+        found = wgan.CriticStep(critic, 20, weight)(real, fake, torch.rand(20, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+        assert found.item() == pytest.approx(loss.item(), rel=1e-12)
+        for ours, theirs in zip(critic.parameters(), expected, strict=True): torch.testing.assert_close(ours.grad, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_points_between_that_do_not_slope_give_no_nan():
+    critic = Critic(hidden=(4,), generator=torch.Generator())
+    with torch.no_grad(): critic.head.weight.zero_()
+    step = wgan.CriticStep(critic, 5, 1.0)
+    assert step(torch.zeros(5, 2), torch.ones(5, 2), torch.zeros(5, 1)).item() == 1 and all(p.grad.isfinite().all() for p in critic.parameters())
+
+
+def test_the_call_of_the_manual(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = WGANConfig(noise="shadow", n_qubits=6, n_layers=2, batch_size=256, epochs=30, hidden=(256, 256), critic_hidden=(256, 256), n_critic=5,
+                     killer=True, metrics_every=1, seed=41, memory_limit="1GB", out_dir="runs/a")
+    cfg = WGANConfig(**cfg.model_dump() | dict(epochs=1, n_points=600, n_train=500))
+    res = train_wgan(cfg, progress=False)
+    assert len(res.history) == 1 and res.sample(1000).shape == (1000, 2) and res.peak_bytes > 10**8 and res.seconds > 0 and res.stopped_early is False
+    res2 = train_wgan(cfg, resume="runs/a", progress=False)
+    pd.testing.assert_frame_equal(res.history, res2.history, check_exact=True)
+    np.testing.assert_array_equal(res.sample(10, seed=3), res2.sample(10, seed=3))
+    assert {path.name for path in (tmp_path / "runs/a").iterdir()} == {"checkpoints", "results.json", "samples.npz"}
+
+
+def stop_at(n):
+    def callback(row):
+        if row["epoch"] == n: raise KeyboardInterrupt
+    return callback
+
+
+@pytest.mark.parametrize("changes", [dict(noise="normal", killer=True), dict(noise="shadow", n_observables=2, shots=10), dict(metrics_every=3)])
+def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, changes):
+    config = tiny(epochs=5, out_dir=str(tmp_path / "run"), **changes)
+    whole = train_wgan(WGANConfig(**config.model_dump() | dict(out_dir=None)), progress=False)
+    for n in (2, 4):
+        with pytest.raises(KeyboardInterrupt): train_wgan(config, resume=config.out_dir, progress=False, callback=stop_at(n))
+    resumed = train_wgan(config, resume=config.out_dir, progress=False)
+    assert resumed.resumed_from == 3 and resumed.peak_bytes >= resumed.history.peak_bytes.max()
+    pd.testing.assert_frame_equal(whole.history[MEASURED_ALIKE], resumed.history[MEASURED_ALIKE], check_exact=True)
+    assert whole.scores.keys() == resumed.scores.keys() and whole.samples.keys() == resumed.samples.keys()
+    for epoch, scores in whole.scores.items():
+        assert [(n, s.value, s.stderr, s.definition) for n, s in scores.items()] == [(n, s.value, s.stderr, s.definition) for n, s in
+                                                                                     resumed.scores[epoch].items()]
+    for epoch, x in whole.samples.items(): np.testing.assert_array_equal(x, resumed.samples[epoch])
+    for a, b in zip(whole.gan.parameters(), resumed.gan.parameters(), strict=True): assert torch.equal(a, b)
+    pd.testing.assert_frame_equal(whole.summary(), resumed.summary())
+
+
+def test_checkpoints_are_few(tmp_path):
+    config = tiny(noise="normal", epochs=12, out_dir=str(tmp_path), metrics_every=2)
+    result = train_wgan(config, progress=False)
+    kept = wgan.Checkpoints(tmp_path / "checkpoints").list()
+    assert len(kept) <= 8 and [c.epoch for c in kept][-5:] == [8, 9, 10, 11, 12] and all(c.light for c in kept[:-5])
+    ranked = result.history.dropna(subset=["wasserstein"]).sort_values("wasserstein").epoch.tolist()[:3]
+    assert set(ranked) <= {c.epoch for c in kept}
+    if kept[0].light:
+        with pytest.raises(InvalidInput, match="was kept for its score and holds the generator alone"): train_wgan(config, resume=kept[0].path)
+    longer = train_wgan(WGANConfig(**config.model_dump() | dict(epochs=13)), resume=tmp_path, progress=False)
+    assert longer.resumed_from == 12 and len(longer.history) == 13
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    config = tiny(noise="normal", out_dir=str(tmp_path / "run"), n_critic=1)
+    with pytest.raises(InvalidInput, match="there is no run .*gone to go on from"): train_wgan(config, resume=tmp_path / "gone")
+    with pytest.raises(InvalidInput, match="there is no run .* to go on from"): train_wgan(config, resume=tmp_path)
+    with pytest.raises(KeyboardInterrupt): train_wgan(config, progress=False, callback=stop_at(2))
+    with pytest.raises(InvalidInput, match="ended at epoch 1 before it was finished: go on with resume="): train_wgan(config, progress=False)
+    with pytest.raises(InvalidInput, match="is of another configuration: hidden was .16, 16., is .16, 8."):
+        train_wgan(WGANConfig(**config.model_dump() | dict(hidden=(16, 8))), resume=config.out_dir)
+    with pytest.raises(InvalidInput, match="another configuration: points was"): train_wgan(config, data=torch.randn(600, 2), resume=config.out_dir)
+    newest = wgan.Checkpoints(tmp_path / "run/checkpoints").latest().path
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.raises(InvalidInput, match="epoch_00001.safetensors is truncated"): train_wgan(config, resume=config.out_dir, progress=False)
+    wgan.Checkpoints(tmp_path / "other").save(1, {"w": torch.zeros(2)}, {})
+    with pytest.raises(InvalidInput, match="is no checkpoint of a WGAN"): train_wgan(config, resume=tmp_path / "other/epoch_00001.safetensors")
+
+
+def test_a_finished_run_may_be_replaced(tmp_path):
+    config = tiny(noise="normal", n_critic=1, out_dir=str(tmp_path))
+    train_wgan(config, progress=False)
+    again = train_wgan(WGANConfig(**config.model_dump() | dict(epochs=1, seed=3)), progress=False)
+    assert again.resumed_from == 0 and [c.epoch for c in wgan.Checkpoints(tmp_path / "checkpoints").list()] == [1]
+
+
+KILLED = ("import os, signal, sys, threading; from test_wgan import *\n"
+          "threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+          "train_wgan(long_enough_to_kill(sys.argv[1], sys.argv[3]), resume=sys.argv[1], progress=False)")
+
+
+def long_enough_to_kill(folder, noise): return tiny(noise=noise, epochs=4, n_train=2000, n_points=2500, out_dir=folder and str(folder))
+
+
+def kill_often(folder, n_kills, noise, seed):
+    random, n_hit = np.random.default_rng(seed), 0
+    for _ in range(n_kills):
+        command = [sys.executable, "-c", KILLED, str(folder), str(round(random.uniform(0.01, 1.2), 3)), noise]
+        n_hit += subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True).returncode == -9
+    whole = train_wgan(long_enough_to_kill(None, noise), progress=False)
+    last = train_wgan(long_enough_to_kill(folder, noise), resume=folder, progress=False)
+    pd.testing.assert_frame_equal(whole.history[MEASURED_ALIKE], last.history[MEASURED_ALIKE], check_exact=True)
+    return n_hit
+
+
+def test_killed_twice_and_the_history_is_the_same(tmp_path): kill_often(tmp_path, 2, "normal", 0)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("noise", ["normal", "shadow"])
+def test_killed_at_twenty_random_moments(tmp_path, noise): assert kill_often(tmp_path, 20, noise, 1) > 0
+
+
+def test_a_target_of_ones_own(tmp_path):
+    data = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) + 3
+    config = tiny(noise="normal", n_validation=40, epochs=1)
+    result = train_wgan(config, data=data, progress=False)
+    assert result.sample(7).shape == (7, 3) and set(result.ideal) == {"is_positive", "wasserstein", "mmd", "mmd_multiscale", "wasserstein_axes"}
+    (tmp_path / "mine.csv").write_text("\n".join(",".join(map(repr, row)) for row in data.double().tolist()))
+    by_file = train_wgan(tiny(noise="normal", n_validation=40, epochs=1, target=str(tmp_path / "mine.csv")), progress=False)
+    pd.testing.assert_frame_equal(result.history[["critic_loss", "wasserstein"]], by_file.history[["critic_loss", "wasserstein"]], check_exact=True)
+    with pytest.raises(InvalidInput, match="log_likelihood needs a target whose density is known"):
+        train_wgan(tiny(noise="normal", metrics=("log_likelihood",)), data=data, progress=False)
+    with pytest.raises(InvalidInput, match="leave fewer than 20 to compare with"): train_wgan(config, data=data[:50])
+    with pytest.raises(InvalidInput, match="not empty"): train_wgan(config, data=data[:0])
+    with pytest.raises(InvalidInput, match="there is no file"): train_wgan(tiny(target=str(tmp_path / "gone.csv")))
+    data[4, 1] = math.nan
+    with pytest.raises(NotFinite, match="target data: 1 of 900 values"): train_wgan(config, data=data)
+
+
+@pytest.mark.parametrize(("values", "stale"), [([], 0), ([1.0] * 4, 0), ([1.0] * 5, 0), ([1.0] * 9, 4), ([9 - k for k in range(9)], 0),
+                                               ([5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1], 2), ([1, 1, 1, 1, 1, 1 - 1e-6, 1 - 1e-6], 2)])
+def test_how_long_nothing_got_better(values, stale): assert wgan.n_stale([float(v) for v in values]) == stale
+
+
+def test_a_run_that_converged_ends(tmp_path):
+    config = tiny(noise="normal", epochs=30, early_stop=True, patience=2, window=2, min_delta=1e3, best_by="wasserstein_axes", out_dir=str(tmp_path))
+    result = train_wgan(config, progress=False)
+    assert result.stopped_early and len(result.history) == 4
+    again = train_wgan(config, resume=tmp_path, progress=False)
+    assert again.stopped_early and len(again.history) == 4 and not train(epochs=1).stopped_early
+
+
+def test_a_trace_can_be_written(tmp_path):
+    table = wgan.profile_wgan(tiny(noise="normal"), trace=tmp_path / "trace.json", n_rounds=1)
+    assert table.loc["aten::mm", "calls"] > 0 and json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
