@@ -136,6 +136,7 @@ def locate(
     taker = next((s for s in dump.stacks if s.is_taker and s.frames), main)
     own = _own_frame(taker, cells, dump.execution_count) or _own_frame(main, cells, dump.execution_count)
     inner = taker.frames[0] if taker.frames else None
+    if own is None and inner and taker == main and not taker.is_cut: return Place(dump.execution_count, call="after its end")
     again = inner is None or own is not None and (inner.file, inner.line) == (own.file, own.line)
     return Place(dump.execution_count, own and own.line, own.function.replace("<module>", "") if own else "",
                  "" if again else _name(inner, cells), not taker.is_main and taker != main)

@@ -47,7 +47,7 @@ BOMBS = {
     "slow leak": Bomb(("import time\ncache = {}\n\ndef step(i):\n    cache[i] = b'x' * 1_000_000\n    time.sleep(0.003)",
                        "for i in range(100_000):\n    step(i)"), 2, "In [1]:"),
     "hang in C": Bomb(("import ctypes\nlibc = ctypes.PyDLL(None)  # keeps the lock of the interpreter", "x = 1\nlibc.sleep(600)"), 2, "", TIME),
-    "hang on a lock": Bomb(("import threading\nlock = threading.Lock()", "def update():\n    with lock:\n        pass\n\nwith lock:\n    update()"), 6,
+    "hang on a lock": Bomb(("import threading\nlock = threading.Lock()", "def update():\n    with lock: pass\n\nwith lock:\n    update()"), 5,
                            "In [2]:2 in update", TIME),
     "hang on a socket": Bomb(("import socket\nours, theirs = socket.socketpair()", "ours.send(b'?')\nours.recv(1)"), 2, "", TIME),
 }
