@@ -10,6 +10,7 @@ __all__ = ['Frame', 'Stack', 'parse_stacks', 'Dump', 'Journal', 'read_journal', 
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,10 +89,11 @@ def read_journal(
         if word not in ("kernel", "cell", "dump", "device", "end") and not line.startswith(_CRASH): lines.append(line); continue
         if lines and journal.dumps: journal.dumps[-1].stacks += parse_stacks(lines, roles=roles)
         lines = []
-        if word == "cell": count = journal.cells[" ".join(rest[1:])] = int(rest[0])
-        if word == "device": journal.device.append((float(rest[0]), *map(int, rest[1:4])))
-        if word == "dump": roles = _begin_dump(journal, count, rest)
-        if word == "Fatal": journal.dumps.append(Dump(None, 0, count))
+        with suppress(ValueError, IndexError):  # a line that was cut off
+            if word == "cell": count = journal.cells[" ".join(rest[1:])] = int(rest[0])
+            if word == "device": journal.device.append((float(rest[0]), *map(int, rest[1:4])))
+            if word == "dump": roles = _begin_dump(journal, count, rest)
+            if word == "Fatal": journal.dumps.append(Dump(None, 0, count))
     return journal
 
 
@@ -155,7 +157,7 @@ def describe(
 
 # %% ../nbs/59_autopsy.ipynb #b598eb2d
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_TRACED = re.compile(r"^(?:Cell In ?\[(?P<count>\d+)\]|File (?P<file>.+?)):?(?:, line )?(?P<line>\d+)(?:, in (?P<function>[^(\n]+))?", re.M)
+_TRACED = re.compile(r"^(?:Cell (?P<cell>In ?\[\d+\]), line |File (?P<file>.+?):)(?P<line>\d+)(?:, in (?P<function>[^(\n]+))?[^\n]*$", re.M)
 
 
 def locate_error(
@@ -164,12 +166,13 @@ def locate_error(
     "Where an exception was raised, from IPython's traceback"
     text = _ANSI.sub("", "\n".join(traceback)).rpartition("Traceback (most recent call last)")[2]
     found = list(_TRACED.finditer(text))
-    own = next((match for match in found if match["count"]), None)
+    own = next((match for match in found if match["cell"]), None)
     if own is None: return Place()
-    inner, count = found[-1], int(own["count"])
-    name = f"In [{inner['count']}]" if inner["count"] else os.path.basename(inner["file"])
+    own = next((m for m in reversed(found) if m["cell"] == own["cell"] and m["function"] in (None, "<module>")), own)  # the last, for a cell magic
+    inner = found[-1]
+    name = inner["cell"].replace("In[", "In [") if inner["cell"] else os.path.basename(inner["file"])
     call = "" if inner is own else f"{name}:{inner['line']} in {(inner['function'] or '<module>').strip()}"
-    return Place(count, int(own["line"]), (own["function"] or "").strip(), call)
+    return Place(int(re.search(r"\d+", own["cell"])[0]), int(own["line"]), (own["function"] or "").strip(), call)
 
 # %% ../nbs/59_autopsy.ipynb #831ed1f9
 @dataclass(frozen=True)

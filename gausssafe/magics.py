@@ -183,7 +183,7 @@ class MemoryMagics(Magics):
     def memory(self, line, cell):
         "Peak and growth of a cell, and the lines that took the memory"
         options, code = parse_argstring(self.memory, line), "\n" + self.shell.transform_cell(cell)
-        file = self.shell.compile.cache(code, self.shell.execution_count, raw_code=code)
+        file = self.shell.compile.cache(code, self.shell.displayhook.prompt_count, raw_code=code)
         monitor, lines = MemoryMonitor(interval_s=0.02, on_soft_limit=None), LineGrowth(file)
         tensors = LineTensors(file) if options.exact else None
         try:

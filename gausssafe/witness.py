@@ -63,7 +63,7 @@ def _tell_last_end(events):
 
     def tell(*_):
         events.unregister("pre_run_cell", tell)
-        print(f"gausssafe: the kernel before this one was {text}", file=sys.stderr)
+        print(f"gausssafe: the kernel before this one was {text}", file=sys.stderr, flush=True)
     events.register("pre_run_cell", tell)
 
 # %% ../nbs/58_witness.ipynb #f56531c6
