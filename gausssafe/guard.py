@@ -383,17 +383,21 @@ class Witness:
             if len(first) == 2 and first[0] == b"kernel": self._pid = int(first[1])
         return self._pid
 
-    def ask(self, what, thread, header, patience_s=0.0):
-        "Have a thread write stacks down below a line of ours; wait until it has, or for as long as our patience lasts"
+    def ask(self, what, thread, header, patience_s=0.0, most_bytes=float("inf")):
+        "Have a thread write stacks down below a line of ours; wait until it has, or our patience ends, or it grows beyond a size"
         signum = _SIGNALS[what]
         if not _signal_mask(self.pid, thread, (b"SigCgt",)) >> (signum - 1) & 1: return
         began_s = time.monotonic()
         with suppress(OSError), open(self.path, "ab") as file: file.write(f"dump {header}\n".encode())
         if not _libc("tgkill", self.pid, thread, signum): _send(self.pid, signum)
         self.n_asked += 1
-        while time.monotonic() < began_s + patience_s and _signal_mask(self.pid, thread, (b"SigPnd", b"SigBlk", b"ShdPnd")) >> (signum - 1) & 1:
+        while time.monotonic() < began_s + patience_s and self._is_writing(thread, signum):
+            if (process := read_process(self.pid)) is None or process.rss_bytes > most_bytes: break
             time.sleep(0.0002)
         self.spent_s += time.monotonic() - began_s
+
+    def _is_writing(self, thread, signum):
+        return _signal_mask(self.pid, thread, (b"SigPnd", b"SigBlk", b"ShdPnd")) >> (signum - 1) & 1
 
     def tail(self, n_bytes=400_000):
         "The end of the journal"
@@ -787,9 +791,9 @@ class Watch:
         taker = (self.suspects.threads(pid) or [pid])[0]
         for thread in dict.fromkeys((taker, pid)): self.ask(OWN_STACK, thread, taker)
 
-    def ask(self, what, thread, taker, patience_s=0.0):
+    def ask(self, what, thread, taker, **patience):
         roles = ["taker"] * (thread == taker) + ["main"] * (thread == self.witness.pid)
-        self.witness.ask(what, thread, " ".join([f"{self.record.now_s():.3f} {self.record.used_bytes}", *roles]), patience_s)
+        self.witness.ask(what, thread, " ".join([f"{self.record.now_s():.3f} {self.record.used_bytes}", *roles]), **patience)
 
     def last_words(self):
         "At a limit, before the end: who took the memory, and the stacks of all threads"
@@ -799,8 +803,10 @@ class Watch:
         for key in others if memory else []: _send(key, signal.SIGSTOP)
         if memory: self.record.child = self.suspects.child(pid, self.tree.seen)
         takers = [*self.suspects.threads(pid)[:1], pid] if memory and not self.record.child else [pid]
+        kernel = read_process(pid)
+        most_bytes = kernel.rss_bytes + self.spec.limit_bytes / 100 if memory and kernel else float("inf")
         for taker in dict.fromkeys(takers):
-            self.ask(ALL_STACKS, taker, taker, 0.03 if memory else 0.5)
+            self.ask(ALL_STACKS, taker, taker, patience_s=0.25, most_bytes=most_bytes)
             if "\nCurrent thread" in self.witness.tail(100_000).rpartition("\ndump ")[2]: break
 
     def watch(self):

@@ -265,7 +265,8 @@ def _last_error(nb, index):
 def _last_dump(guard):
     "The journal, and the stacks of the end; None where the guard did not ask, or nobody answered"
     journal = read_journal((guard or {}).get("journal", ""))
-    last = journal.dumps[-1] if journal.dumps and journal.dumps[-1].stacks else None
+    end = journal.dumps[-1] if journal.dumps else None
+    last = next((dump for dump in reversed(journal.dumps) if dump.stacks and dump.execution_count == end.execution_count), None)
     asked = guard and (guard["reason"] in ("memory", "timeout") or guard.get("machine_oom") or last and last.t_s is None)
     return journal, last if asked else None
 
