@@ -55,8 +55,8 @@ def parse_stacks(
         elif found and (frame := _FRAME.match(line)):
             found[-1] = found[-1]._replace(frames=(*found[-1].frames, Frame(frame[1], int(frame[2]), frame[3])))
         elif found and line == "  ...": found[-1] = found[-1]._replace(is_cut=True)
-    if found and not lone: found[-1] = found[-1]._replace(is_main=True)
-    return found
+    if not found or lone: return found
+    return [*found[:-1], found[-1]._replace(is_main=True)] if any(stack.is_taker for stack in found) else []
 
 # %% ../nbs/59_autopsy.ipynb #5e1fe942
 @dataclass

@@ -64,12 +64,14 @@ def _largest(probes, limit_bytes, degree):
     "The largest value that fits, by `fixed + slope * n ** degree` through the first probe and the last"
     (low, low_bytes), (high, high_bytes) = probes[0], probes[-1]
     slope = (high_bytes - low_bytes) / (high**degree - low**degree)
-    return int(LinearMemoryModel(low_bytes - slope * low**degree, slope).largest(limit_bytes) ** (1 / degree)) if slope > 0 else 0
+    n_items = LinearMemoryModel(low_bytes - slope * low**degree, slope).largest(int(0.95 * limit_bytes)) if slope > 0 else 0
+    return int(n_items ** (1 / degree))
 
 
 def fitting_value(
     record: dict,  # A run that died of memory
     others: list[dict],  # Other runs of its notebook
+    degrees: tuple[int, ...] = (1, 2),  # Laws to try: a line, a parabola
 ) -> tuple[str, int, int] | None:  # Parameter, the largest value that fits, and 1 for a line, 2 for a parabola; None where probes are missing
     "What would have fitted, from two runs that did"
     for name, value in record["parameters"].items():
@@ -78,12 +80,13 @@ def fitting_value(
         fine = [o for o in others if o["status"] == "ok" and {k: v for k, v in o["parameters"].items() if k != name} == rest]
         probes = sorted({o["parameters"][name]: o["peak_bytes"] for o in fine if _is_number(o["parameters"].get(name)) and o["peak_bytes"]}.items())
         if len(probes) < 2: continue
-        for degree in (1, 2):
+        for degree in degrees:
             if 0 < (largest := _largest(probes, record["limit_bytes"], degree)) < value: return name, largest, degree
 
 # %% ../nbs/68_explain.ipynb #5e6af0f2
+_PAIRS = r"cdist|pairwise|rbf_kernel|gaussian_kernel|sq_?dist|\bmmd|kernel_matrix|None, :, :\]"
 _MEMORY_RULES = (
-    (r"cdist|pairwise|rbf_kernel|gaussian_kernel|sq_?dist|\bmmd|kernel_matrix|None, :, :\]",
+    (_PAIRS,
      "All pairs at once. gausssafe.metrics has mmd, mmd_multiscale and wasserstein, which go through the pairs in tiles: "
      "mmd(x, y, memory_limit=\"500MB\")."),
     (r"hessian|jacrev|jacfwd|create_graph|\bhvp\b|vhp",
@@ -123,10 +126,10 @@ def advise(
     if record["status"] == "timeout": return _matching(_TIME_RULES, text) or ["It was busy or waiting there: a longer --timeout, or less work."]
     if record["status"] not in ("oom_ram", "oom_gpu"): return []
     known = _matching(_MEMORY_RULES, text)[:3]
-    if found := fitting_value(record, others):
+    if found := fitting_value(record, others, (2,) if re.search(_PAIRS, text) else (1, 2)):
         name, largest, degree = found
         law = "line" if degree == 1 else "parabola"
-        return [f"{name} = {largest} would have fitted, by a {law} through two runs that did.", *known]
+        return [f"{name} = {largest} would have fitted, with a twentieth of the limit to spare, by a {law} through two runs that did.", *known]
     return known + [f"Two runs with smaller {name}, into the same folder, would tell which value fits." for name in _numbers(record)[:1]]
 
 

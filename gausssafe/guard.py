@@ -804,7 +804,7 @@ class Watch:
         if memory: self.record.child = self.suspects.child(pid, self.tree.seen)
         takers = [*self.suspects.threads(pid)[:1], pid] if memory and not self.record.child else [pid]
         kernel = read_process(pid)
-        most_bytes = kernel.rss_bytes + self.spec.limit_bytes / 100 if memory and kernel else float("inf")
+        most_bytes = kernel.rss_bytes + self.spec.limit_bytes / 40 if memory and kernel else float("inf")
         for taker in dict.fromkeys(takers):
             self.ask(ALL_STACKS, taker, taker, patience_s=0.25, most_bytes=most_bytes)
             if "\nCurrent thread" in self.witness.tail(100_000).rpartition("\ndump ")[2]: break

@@ -204,7 +204,7 @@ def test_advice_needs_probes_that_differ_in_one_number():
     def run(status="ok", peak=10**8, **parameters): return {"status": status, "parameters": parameters, "peak_bytes": peak, "limit_bytes": 10**9}
     dead = run("oom_ram", 10**9, batch=512, name="a", flag=True)
     two = [run(batch=10, peak=2 * 10**8, name="a", flag=True), run(batch=20, peak=3 * 10**8, name="a", flag=True)]
-    assert fitting_value(dead, two) == ("batch", 90, 1) and "batch = 90 would have fitted" in advise(dead, "", two)[0]
+    assert fitting_value(dead, two) == ("batch", 85, 1) and "batch = 85 would have fitted" in advise(dead, "", two)[0]
     other = [two[0], run(batch=20, peak=3 * 10**8, name="b", flag=True)]
     assert fitting_value(dead, other) is None and "Two runs with smaller batch" in advise(dead, "", other)[0]
     assert fitting_value(dead, [two[0], run("error", batch=20, name="a", flag=True)]) is None
