@@ -173,7 +173,10 @@ def _tensor_table(tensors, cell):
 @magics_class
 class MemoryMagics(Magics):
     "`%%memory` and `%memory_limit`"
-    _limit = None
+
+    def __init__(self, shell):
+        super().__init__(shell)
+        self._limit = None
 
     @magic_arguments()
     @argument("--exact", action="store_true", help="PyTorch's tensors by line, to the byte; slows each operation by tens of microseconds.")
