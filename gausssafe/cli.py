@@ -105,6 +105,27 @@ def run(input_path, output_path, typed, raw, file, memory_limit, timeout, kernel
     else: click.echo(f"{record}\nnotebook  {record.output_path}\nrecord    {record.record_path}")
     sys.exit(EXIT_CODES[record.status])
 
+# %% ../nbs/71_cli.ipynb #608df030
+@main.command(short_help="What a run died of, where it grew, and what to try.")
+@click.argument("path", metavar="OUT.ipynb")
+@click.option("--png", metavar="FILE", help="Where the picture goes. Default: OUT.memory.png beside the notebook.")
+@click.option("--no-png", is_flag=True, help="No picture.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_plain_errors
+def explain(path, png, no_png, as_json):
+    """Explain the memory and the end of a run that `gausssafe run` made.
+
+    \b
+    gausssafe explain out/study.ipynb
+    """
+    from gausssafe.explain import explain, save_picture
+    found = explain(path)
+    click.echo(found.to_json() if as_json else str(found))
+    if no_png or not found.samples: return
+    try: picture = save_picture(found, png or Path(path.removesuffix(".record.json")).with_suffix(".memory.png"))
+    except OSError as error: raise ValueError(f"cannot write the picture: {error.strerror or error}") from None
+    if not as_json: click.echo(f"\npicture   {picture}")
+
 # %% ../nbs/71_cli.ipynb #6a77815a
 def _memory_report():
     from gausssafe.memory import memory_left_bytes, memory_limits

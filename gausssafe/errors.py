@@ -43,53 +43,57 @@ class MemoryBudgetExceeded(GausssafeError, MemoryError):
 def where(
     cell_index: int | None,  # Position in the saved notebook, from 0
     execution_count: int | None = None,  # The number in `In [3]`
-) -> str:  # Such as `" at cell 4 (In [3])"`, or nothing
+    place: str = "",  # Where inside the cell: `"line 2, metrics.py:214 in rbf_kernel"`
+) -> str:  # Such as `" at cell 4 (In [3]), line 2"`, or nothing
     "Name a cell as every message of gausssafe does"
     if cell_index is None: return " before the first cell"
-    return f" at cell {cell_index}" + (f" (In [{execution_count}])" if execution_count else "")
+    return f" at cell {cell_index}" + (f" (In [{execution_count}])" if execution_count else "") + (f", {place}" if place else "")
+
+
+def _where(error): return where(error.cell_index, error.execution_count, error.place)
 
 # %% ../nbs/01_errors.ipynb #03774aab
 class MemoryLimitExceeded(GausssafeError, MemoryError):
     "The process tree reached `peak_bytes`, over its `limit_bytes`, and was stopped"
 
     def __init__(self, message: str = "", *, peak_bytes: int = 0, limit_bytes: int = 0, cell_index: int | None = None,
-                 execution_count: int | None = None):
-        super().__init__(message, peak_bytes=peak_bytes, limit_bytes=limit_bytes, cell_index=cell_index, execution_count=execution_count)
+                 execution_count: int | None = None, place: str = ""):
+        super().__init__(message, peak_bytes=peak_bytes, limit_bytes=limit_bytes, cell_index=cell_index, execution_count=execution_count,
+                         place=place)
 
-    def _message(self):
-        return f"peak {format_bytes(self.peak_bytes)} of {format_bytes(self.limit_bytes)} limit{where(self.cell_index, self.execution_count)}"
+    def _message(self): return f"peak {format_bytes(self.peak_bytes)} of {format_bytes(self.limit_bytes)} limit{_where(self)}"
 
 # %% ../nbs/01_errors.ipynb #50cf5880
 class TimeLimitExceeded(GausssafeError, TimeoutError):
     "The run was still going after `timeout_s` and was stopped"
 
-    def __init__(self, message: str = "", *, timeout_s: float = 0.0, cell_index: int | None = None, execution_count: int | None = None):
-        super().__init__(message, timeout_s=timeout_s, cell_index=cell_index, execution_count=execution_count)
+    def __init__(self, message: str = "", *, timeout_s: float = 0.0, cell_index: int | None = None, execution_count: int | None = None,
+                 place: str = ""):
+        super().__init__(message, timeout_s=timeout_s, cell_index=cell_index, execution_count=execution_count, place=place)
 
-    def _message(self):
-        return f"still running after {format_duration(self.timeout_s)}{where(self.cell_index, self.execution_count)}"
+    def _message(self): return f"still running after {format_duration(self.timeout_s)}{_where(self)}"
 
 # %% ../nbs/01_errors.ipynb #5ad8f00f
 class RunFailed(GausssafeError, RuntimeError):
     "A run ended without success; `cell_index` says where"
 
-    def __init__(self, message: str = "", *, cell_index: int | None = None, execution_count: int | None = None, **numbers):
-        super().__init__(message, cell_index=cell_index, execution_count=execution_count, **numbers)
+    def __init__(self, message: str = "", *, cell_index: int | None = None, execution_count: int | None = None, place: str = "", **numbers):
+        super().__init__(message, cell_index=cell_index, execution_count=execution_count, place=place, **numbers)
 
 
 class KernelDied(RunFailed):
     "The kernel ended by itself; `exit_code` is negative for a signal, as in `subprocess`"
-    def _message(self): return f"the kernel ended with {_ending(self.exit_code)}{where(self.cell_index, self.execution_count)}"
+    def _message(self): return f"the kernel ended with {_ending(self.exit_code)}{_where(self)}"
 
 
 class NotebookFailed(RunFailed):
     "A cell raised `ename`: `evalue`"
-    def _message(self): return f"{self.ename}: {self.evalue}{where(self.cell_index, self.execution_count)}"
+    def _message(self): return f"{self.ename}: {self.evalue}{_where(self)}"
 
 
 class RunLost(RunFailed):
     "The runner or the guard vanished"
-    def _message(self): return f"the guard of this run vanished, so its end was not seen{where(self.cell_index, self.execution_count)}"
+    def _message(self): return f"the guard of this run vanished, so its end was not seen{_where(self)}"
 
 # %% ../nbs/01_errors.ipynb #2f775f5a
 def _ending(exit_code):

@@ -27,10 +27,12 @@ from jupyter_client.launcher import launch_kernel
 from jupyter_client.provisioning import LocalProvisioner
 from traitlets import Enum, Float, Integer, Unicode, Union, default
 
+from .autopsy import describe, locate, read_journal
 from .errors import InvalidInput
 from .guard import GuardSpec, ProcTree, clear_leftovers, guard_command
 from .memory import memory_left_bytes
 from .units import format_bytes, format_duration, parse_bytes, parse_duration
+from .witness import LAST_END
 
 # %% ../nbs/61_provisioner.ipynb #2e5e559d
 def _parse(parse, text):
@@ -72,10 +74,18 @@ def explain_end(
 ) -> str:  # Empty if there is nothing to explain
     "Why a kernel was stopped, in a sentence"
     if status is None: return "the guard of this kernel vanished, so its end was not seen"
-    peak = format_bytes(status.get("peak_bytes", 0))
-    if status["reason"] == "memory": return f"stopped at its memory limit: peak {peak} of {format_bytes(status['limit_bytes'])}"
-    if status["reason"] == "timeout": return f"stopped at its time limit of {format_duration(status['timeout_s'])}"
-    return f"killed by the operating system, which ran out of memory; its own peak was {peak}" if status["machine_oom"] else ""
+    peak, place = format_bytes(status.get("peak_bytes", 0)), _last_place(status)
+    if status["reason"] == "memory": return f"stopped at its memory limit: peak {peak} of {format_bytes(status['limit_bytes'])}{place}"
+    if status["reason"] == "timeout": return f"stopped at its time limit of {format_duration(status['timeout_s'])}{place}"
+    return f"killed by the operating system, which ran out of memory; its own peak was {peak}{place}" if status["machine_oom"] else ""
+
+
+def _last_place(status):
+    "Where it was when it was last asked"
+    journal = read_journal(status.get("journal", ""))
+    dump = next((dump for dump in reversed(journal.dumps) if dump.stacks), None)
+    if dump is None or not dump.execution_count: return ""
+    return f" in In [{dump.execution_count}], {describe(locate(dump, journal.cells), status.get('child'))}"
 
 # %% ../nbs/61_provisioner.ipynb #60823e10
 class Lifeline:
@@ -112,6 +122,7 @@ class GuardedProcess(LocalProvisioner):
     "A kernel whose process is a guard: what can be done with it once it is started"
     _lifeline = _folder = _status = _status_file = None
     _over = True  # Nothing to say about its end, or said already
+    last_end = ""  # Why the last kernel was stopped, for the next one to say
 
     def mark(self, cell_index: int | None):
         "Tell the guard that a cell begins, or, with None, that it ended; wait until it has looked, a quarter of a second at most"
@@ -146,7 +157,8 @@ class GuardedProcess(LocalProvisioner):
         if self._over: return
         self._over, status = True, self.read_status()
         if status is None: clear_leftovers()
-        if message := explain_end(status): self.log.warning("Kernel %s: %s", self.kernel_id, message)
+        self.last_end = explain_end(status)
+        if self.last_end: self.log.warning("Kernel %s: %s", self.kernel_id, self.last_end)
 
     async def cleanup(self, restart=False):
         "End what still runs, let go of the lifeline, and remove the private folder unless the next kernel needs it"
@@ -156,6 +168,13 @@ class GuardedProcess(LocalProvisioner):
         if not restart and self._folder: shutil.rmtree(self._folder, ignore_errors=True)
         self._lifeline, self._folder = None, self._folder if restart else None
         await super().cleanup(restart)
+
+# %% ../nbs/61_provisioner.ipynb #76d615b3
+def _with_witness(command, spec):
+    "A kernel's command line, with the extension that bears witness"
+    ours = command[0] == sys.executable or spec.metadata.get("kernel_provisioner", {}).get("provisioner_name") == "gausssafe"
+    is_ipython = any("ipykernel" in word for word in command)
+    return [*command, "--InteractiveShellApp.extra_extensions=gausssafe.witness"] if ours and is_ipython else command
 
 # %% ../nbs/61_provisioner.ipynb #b95c3549
 class GuardProvisioner(GuardedProcess):
@@ -182,10 +201,14 @@ class GuardProvisioner(GuardedProcess):
     async def launch_kernel(self, cmd, **kwargs):
         "Start the guard, which starts the kernel"
         if shutil.which(cmd[0]) is None: raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cmd[0])
-        Path(self._status_file).unlink(missing_ok=True)
+        journal = os.path.join(self._folder, "journal")
+        for path in (self._status_file, journal): Path(path).unlink(missing_ok=True)
         if self._lifeline: self._lifeline.cut()
         self._lifeline, self._status, self._over = Lifeline(), None, False
-        spec = GuardSpec(self.run_id, self._limit_bytes, self._timeout_s, self._status_file, self._folder, self._lifeline.mouth, os.getpid())
+        spec = GuardSpec(self.run_id, self._limit_bytes, self._timeout_s, self._status_file, self._folder, self._lifeline.mouth, os.getpid(),
+                         journal_path=journal)
+        kwargs["env"] = (kwargs.get("env") or dict(os.environ)) | {LAST_END: self.last_end}
+        cmd = _with_witness(cmd, self.kernel_spec)
         options = {"stdin": self._lifeline.ear, "pass_fds": (*kwargs.get("pass_fds", ()), self._lifeline.mouth)}
         try: self.process = launch_kernel([*guard_command(spec), *cmd], **self._scrub_kwargs(kwargs) | options)
         finally: self._lifeline.hand_over()

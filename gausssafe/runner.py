@@ -30,6 +30,7 @@ from papermill.engines import NBClientEngine
 from papermill.execute import remove_error_markers
 
 from . import errors
+from .autopsy import Growth, describe, growth_steps, locate, locate_error, read_journal, stack_lines
 from .errors import InvalidInput
 from .guard import clear_leftovers
 from .memory import read_memory
@@ -67,6 +68,7 @@ class CellRecord:
     seconds: float
     peak_bytes: int  # Largest size of the tree while the cell ran
     growth_bytes: int  # Size at the cell's end minus size at its start
+    start_s: float = 0.0  # Since the run began
 
 # %% ../nbs/62_runner.ipynb #afa52ec4
 @dataclass(frozen=True)
@@ -91,7 +93,12 @@ class RunRecord:
     run_id: str
     exit_code: int | None = None  # Of the kernel; negative for a signal
     cells: tuple[CellRecord, ...] = ()
+    place: str = ""  # Where in the dead cell: `line 2, metrics.py:214 in rbf_kernel`
     samples: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # (seconds, bytes of the tree)
+    device_samples: tuple[tuple[float, int, int, int], ...] = field(default=(), repr=False)  # (seconds, bytes allocated, reserved, peak in the cell)
+    growth: tuple[Growth, ...] = field(default=(), repr=False)  # Cell and stack whenever the tree had grown by a twentieth of the limit
+    child: dict | None = None  # The child process that took the memory: pid, command, rss_bytes, n_processes
+    stacks: tuple[tuple[str, ...], ...] = field(default=(), repr=False)  # Of all threads at the limit, the innermost call first
     leaked: tuple[dict, ...] = ()  # Processes that outlived the kernel and were stopped
     shared_memory: tuple[str, ...] = ()  # Segments left in /dev/shm and removed
     versions: dict = field(default_factory=dict, repr=False)
@@ -254,6 +261,22 @@ def _last_error(nb, index):
     return None if error is None or (error.ename == "SystemExit" and error.evalue in ("", "0")) else error
 
 # %% ../nbs/62_runner.ipynb #38e4279c
+def _last_dump(guard):
+    "The journal, and the stacks of the end; None where the guard did not ask, or nobody answered"
+    journal = read_journal((guard or {}).get("journal", ""))
+    end = journal.dumps[-1] if journal.dumps else None
+    last = next((dump for dump in reversed(journal.dumps) if dump.stacks and dump.execution_count == end.execution_count), None)
+    asked = guard and (guard["reason"] in ("memory", "timeout") or guard.get("machine_oom") or last and last.t_s is None)
+    return journal, last if asked else None
+
+
+def _where(guard, error):
+    "The line of the dead cell, and the innermost call"
+    if error is not None: return str(locate_error(error.traceback))
+    journal, dump = _last_dump(guard)
+    return describe(locate(dump, journal.cells), guard.get("child")) if dump else ""
+
+# %% ../nbs/62_runner.ipynb #bbc7b9b3
 def _describe(status, guard, error, place):
     "The exception that says how a failed run ended"
     if status == "lost": return errors.RunLost(**place)
@@ -283,9 +306,10 @@ def _conclude(nb_man, client, guard, died):
     index = client.current if client.current is not None else first
     error = None if died else _last_error(nb, index) if nb_man.nb.metadata.papermill.get("exception") else None
     status = classify(guard, died, error and error.ename, error.evalue if error else "")
-    result = {"status": status, "error": None, "cell_index": None, "execution_count": None}
+    result = {"status": status, "error": None, "cell_index": None, "execution_count": None, "place": ""}
     if status != "ok" and index is not None:
-        place = {"cell_index": index + PAPERMILL_INSERTS, "execution_count": nb.cells[index].execution_count or _next_count(nb, index)}
+        place = {"cell_index": index + PAPERMILL_INSERTS, "execution_count": nb.cells[index].execution_count or _next_count(nb, index),
+                 "place": _where(guard, error) if client.current is not None else ""}
         cause = _describe(status, guard, error, place if client.current is not None else {"cell_index": None})
         if error is None: _mark_dead_cell(nb_man, index, cause)
         result.update(place, error=str(cause) if isinstance(cause, errors.NotebookFailed) else f"{type(cause).__name__}: {cause}")
@@ -298,7 +322,8 @@ def _note_cell_costs(nb, guard):
     "Every executed cell carries its seconds, its peak and its growth"
     for cost in (guard or {}).get("cells", []):
         growth = cost["end_bytes"] - cost["start_bytes"] if cost["end_bytes"] is not None else cost["peak_bytes"] - cost["start_bytes"]
-        nb.cells[cost["index"]].metadata["gausssafe"] = {"seconds": cost["seconds"], "peak_bytes": cost["peak_bytes"], "growth_bytes": growth}
+        nb.cells[cost["index"]].metadata["gausssafe"] = {"seconds": cost["seconds"], "peak_bytes": cost["peak_bytes"], "growth_bytes": growth,
+                                                         "start_s": cost["start_s"]}
 
 # %% ../nbs/62_runner.ipynb #7c47477f
 class GuardEngine(NBClientEngine):
@@ -381,10 +406,18 @@ def _execute_notebook(path, output_path, **options):
 def _measured(nb, guard):
     "The part of a record that the engine and the guard know"
     result = nb.metadata.gausssafe
-    keys = ("status", "error", "cell_index", "execution_count", "peak_bytes", "limit_bytes", "containment", "exit_code", "run_id")
+    keys = ("status", "error", "cell_index", "execution_count", "place", "peak_bytes", "limit_bytes", "containment", "exit_code", "run_id")
     lists = {key: tuple(guard.get(key, ())) for key in ("leaked", "shared_memory")}
     samples = tuple((seconds, n_bytes) for seconds, n_bytes in guard.get("samples", ()))
-    return {key: result[key] for key in keys} | lists | {"cells": _cell_records(nb), "samples": samples}
+    return {key: result[key] for key in keys} | lists | {"cells": _cell_records(nb), "samples": samples} | _witnessed(guard)
+
+
+def _witnessed(guard):
+    "The part that the kernel's witness knows"
+    journal, dump = _last_dump(guard)
+    device = tuple((round(t_s - guard["began_s"], 4), *sizes) for t_s, *sizes in journal.device)
+    stacks = tuple(stack_lines(stack, journal.cells) for stack in dump.stacks) if dump else ()
+    return {"child": guard.get("child"), "growth": tuple(growth_steps(journal)), "device_samples": device, "stacks": stacks}
 
 # %% ../nbs/62_runner.ipynb #ebf83dac
 def run_notebook(

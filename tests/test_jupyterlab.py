@@ -147,6 +147,7 @@ def test_a_kernel_killed_at_its_limit_comes_back_under_guard(lab, notebook):
     notebook.run_cell(2)
     again = notebook.pid_of(2, "kernel again")
     notebook.look("again")
+    assert "the kernel before this one was stopped at its memory limit" in notebook.output(2) and "in In [2], line 1" in notebook.output(2)
     assert again != first and not psutil.pid_exists(first) and "sleep" not in names_of(lab.token)
     assert psutil.Process(again).environ()["GAUSSSAFE_LIMIT_BYTES"] == str(LIMIT_BYTES)
     assert "stopped at its memory limit: peak 5" in lab.log.read_text() and "of 500 MB" in lab.log.read_text()

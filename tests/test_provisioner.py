@@ -430,6 +430,8 @@ def test_jupyter_server_restarts_a_killed_kernel_under_a_guard(server):
     a_server.run(kernel_id, GREEDY, wait=False)
     wait_for(lambda: not psutil.pid_exists(int(first)) or psutil.Process(int(first)).status() == "zombie")
     wait_for(lambda: len(below(a_server.process)) == 2)  # another guard and its kernel, and nothing of the first
+    said = a_server.run(kernel_id, "pass")
+    assert "gausssafe: the kernel before this one was stopped at its memory limit: peak 5" in said and "of 500 MB in In [3], line 2" in said
     limit_again, second = a_server.run(kernel_id, show).split()
     assert limit == limit_again == "500000000" and first != second
     log = (a_server.folder / "log").read_text()

@@ -83,7 +83,7 @@ def test_threads_and_children_count(run):
 
 def test_timeout_names_the_cell(run):
     record = run("x = 1", "import time\ntime.sleep(60)", timeout_s=4)
-    assert record.status == "timeout" and record.error == "TimeLimitExceeded: still running after 4.00 s at cell 3 (In [2])"
+    assert record.status == "timeout" and record.error == "TimeLimitExceeded: still running after 4.00 s at cell 3 (In [2]), line 2"
     assert saved(record).cells[3].outputs[-1].ename == "TimeLimitExceeded" and record.seconds < 30
 
 
@@ -99,7 +99,7 @@ def test_a_kernel_that_leaves_by_itself(run):
 
 def test_what_a_cell_raises_is_told(run):
     record = run("1 / 0")
-    assert record.status == "error" and record.error == "ZeroDivisionError: division by zero at cell 2 (In [1])"
+    assert record.status == "error" and record.error == "ZeroDivisionError: division by zero at cell 2 (In [1]), line 1"
     refused = run("raise MemoryError('Unable to allocate 7 TiB')")
     assert refused.status == "oom_ram" and "7 TiB" in refused.error
     card = run("class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')")

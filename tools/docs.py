@@ -91,7 +91,7 @@ class Page:
     @property
     def group(self) -> str:
         if "/" in self.name: return self.name.partition("/")[0].capitalize()
-        return LAYERS[int(self.name[0])] if self.name[0].isdigit() else ""
+        return LAYERS[6 if self.name[:2] in ("58", "59") else int(self.name[0])] if self.name[0].isdigit() else ""
 
 
 def read_page(path: Path, name: str, folder: Path) -> Page:
