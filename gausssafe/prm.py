@@ -86,7 +86,7 @@ class PRMConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 # %% ../nbs/39_prm.ipynb #3f17f49d
 _PROFILES = {
-    "small": dict(memory_limit="100MB"),
+    "small": dict(n_products=40, n_maps=2, memory_limit="100MB"),
     "medium": dict(n_seeds=20, n_controls=5, strengths=(0.03, 0.1, 0.3, 0.6, 1.0), half_width=0.018, n_curvature=256, n_gradients=512, n_products=100,
                    n_maps=19, n_permutations=999, memory_limit="500MB"),
     "opt-125m": dict(block="model.decoder.layers.6.fc2", n_eigenvectors=5, n_products=24, n_curvature=8, n_gradients=16, memory_limit="1GB"),

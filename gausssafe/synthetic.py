@@ -21,22 +21,24 @@ class SyntheticLM(nn.Module):
 
     def __init__(self, log_probs, members, generator):
         super().__init__()
-        n_rows, length = len(log_probs), members.shape[1] - 1
-        self.func = nn.Embedding(n_rows, n_rows, _weight=log_probs.clone())
-        self.sens = nn.Embedding(n_rows, length, _weight=0.6 + 0.3 * torch.randn(n_rows, length, generator=generator))
-        self.both = nn.Embedding(n_rows, length, _weight=0.3 * torch.randn(n_rows, length, generator=generator))
+        n = len(log_probs)
+        rows = [log_probs, 0.6 + 0.3 * torch.randn(n, n, generator=generator), 0.3 * torch.randn(n, n, generator=generator)]
+        order = torch.randperm(3 * n, generator=generator)
+        self.table = nn.Embedding(3 * n, n, _weight=torch.cat(rows)[order.argsort()])
+        self.register_buffer("places", order.view(3, n))
         self.register_buffer("known", members.clone())
         self.register_buffer("favourite", log_probs.argmax(1))
 
     def forward(self, ids):
-        n_rows, length = len(self.func.weight), ids.shape[1]
+        n, length = len(self.favourite), ids.shape[1]
+        func, sens, both = self.places
         same = (ids[:, None] == self.known[None, :, :length]).all(-1)
         is_member, who = same.any(1), same.float().argmax(1)
-        sharpness, memory = self.both(ids[:, 0])[:, :length], self.sens(who * n_rows // len(self.known))[:, :length]
-        own = nn.functional.one_hot(self.known[who, 1:length + 1], n_rows)
-        favourite = nn.functional.one_hot(self.favourite[ids], n_rows)
+        sharpness, memory = self.table(both[ids[:, 0]])[:, :length], self.table(sens[who * n // len(self.known)])[:, :length]
+        own = nn.functional.one_hot(self.known[who, 1:length + 1], n)
+        favourite = nn.functional.one_hot(self.favourite[ids], n)
         boost = torch.where(is_member[:, None, None], own * (memory + sharpness)[..., None], favourite * sharpness[..., None])
-        return self.func(ids) + boost
+        return self.table(func[ids]) + boost
 
 # %% ../nbs/38_synthetic.ipynb #ee73fb07
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Synthetic:
     members: torch.Tensor  # (n, length)
     nonmembers: torch.Tensor
 
-    def truth(
-        self,
-        tensors: list[str],  # Of each unit, such as "func.weight"
-    ) -> np.ndarray:  # "func", "sens" or "both" of each
-        "The class that each unit was made to have"
-        return np.array([name.split(".")[0] for name in tensors])
+    @property
+    def truth(self) -> np.ndarray:
+        "The class that each row was made to have"
+        sorts = np.empty(self.model.places.numel(), dtype="<U4")
+        for name, places in zip(("func", "sens", "both"), self.model.places, strict=True): sorts[places] = name
+        return sorts
 
 
 def _chain(n, length, probs, generator):
@@ -62,10 +64,9 @@ def _chain(n, length, probs, generator):
 
 
 def make_synthetic(
-    n_symbols: int = 60,  # And rows of each table
+    n_symbols: int = 32,  # And rows of each sort, and symbols a sequence is predicted
     *,
-    n_each: int = 3,  # Members, and non-members, that begin with each symbol
-    length: int = 24,
+    n_each: int = 4,  # Members, and non-members, that begin with each symbol
     seed: int = 0,
 ) -> Synthetic:
     "A model of known classes, with members that it remembers and non-members that it does not"
@@ -73,5 +74,5 @@ def make_synthetic(
         raise InvalidInput(f"n_symbols={n_symbols!r} is at least 10 and n_each={n_each!r} at least 1: fewer cannot be sorted")
     generator, n = torch.Generator().manual_seed(seed), n_symbols * n_each
     log_probs = (1.5 * torch.randn(n_symbols, n_symbols, generator=generator)).log_softmax(1)
-    members, nonmembers = (_chain(n, length, log_probs.exp(), generator) for _ in range(2))
+    members, nonmembers = (_chain(n, n_symbols + 1, log_probs.exp(), generator) for _ in range(2))
     return Synthetic(SyntheticLM(log_probs, members, generator).eval(), members, nonmembers)
