@@ -206,7 +206,7 @@ def test_advice_needs_probes_that_differ_in_one_number():
     two = [run(batch=10, peak=2 * 10**8, name="a", flag=True), run(batch=20, peak=3 * 10**8, name="a", flag=True)]
     assert fitting_value(dead, two) == ("batch", 85, 1) and "batch = 85 would have fitted" in advise(dead, "", two)[0]
     other = [two[0], run(batch=20, peak=3 * 10**8, name="b", flag=True)]
-    assert fitting_value(dead, other) is None and "Two runs with smaller batch" in advise(dead, "", other)[0]
+    assert fitting_value(dead, other) is None and "Two runs with smaller batch" in advise(dead, "", other)[-1]
     assert fitting_value(dead, [two[0], run("error", batch=20, name="a", flag=True)]) is None
     assert fitting_value(dead, [two[0], two[1] | {"peak_bytes": 2 * 10**8}]) is None  # it does not grow: no law
 
