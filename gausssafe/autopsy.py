@@ -55,8 +55,15 @@ def parse_stacks(
         elif found and (frame := _FRAME.match(line)):
             found[-1] = found[-1]._replace(frames=(*found[-1].frames, Frame(frame[1], int(frame[2]), frame[3])))
         elif found and line == "  ...": found[-1] = found[-1]._replace(is_cut=True)
-    if not found or lone: return found
+    if lone: return [_by_its_root(stack) for stack in found]
+    if not found: return []
     return [*found[:-1], found[-1]._replace(is_main=True)] if any(stack.is_taker for stack in found) else []
+
+# %% ../nbs/59_autopsy.ipynb #2a5fb134
+def _by_its_root(stack):
+    "A lone stack, with its role corrected if its root tells another thread than the one that was asked"
+    if not stack.frames or stack.is_cut or stack.is_main == (stack.frames[-1].function != "_bootstrap"): return stack
+    return stack._replace(is_taker=not stack.is_taker, is_main=not stack.is_main)
 
 # %% ../nbs/59_autopsy.ipynb #5e1fe942
 @dataclass

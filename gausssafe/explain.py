@@ -98,8 +98,12 @@ _MEMORY_RULES = (
     (r"eigh?\b|eigvals|\bsvd", "A full decomposition needs several copies of the matrix. gausssafe.spectrum.top_eigenpairs needs only products."),
     (r"backward|autograd", "The backward pass needs what the forward pass kept: a smaller batch, or torch.utils.checkpoint. "
                            "gausssafe.budget.find_batch_size finds the largest that fits."),
-    (r"merge|join", "A join on keys that repeat has the product of the repeats as rows: look at how often a key occurs, or aggregate first."),
+    (r"merge|join_indexers", "A join on keys that repeat has the product of the repeats as rows: aggregate first, or look for the key that repeats."),
     (r"read_csv|read_parquet|read_json|concat", "Read and reduce in pieces (`chunksize=`), read fewer columns, or give narrower dtypes."),
+    (r"(In \[\d+\]:\d+ in \w+)(?: \1){3}", "A recursion keeps the variables of every level: a loop, or a bound on its depth."),
+    (r"cache|memo|\w\[\w+\] = ", "A container that only grows: give it a bound (`functools.lru_cache(maxsize=...)`, `deque(maxlen=...)`)."),
+    (r"\b(ones|zeros|full|empty|arange|linspace|randn?|randint|uniform)\b", "One array of that size: a narrower dtype (float32 is half of NumPy's "
+                                                                          "float64), blocks, or a file behind it (`np.memmap`)."),
     (r"repeat|tile|meshgrid|broadcast|outer|kron", "Broadcasting without the copy (`expand`, a view) or in blocks gives the same numbers."),
     (r"append|extend|list\(|\[.* for ", "A list that keeps every item: keep a running result, or write the items out; of a tensor with a graph keep "
                                         "`.item()` or `.detach()`."),
@@ -125,7 +129,7 @@ def advise(
     "What to try"
     if record["status"] == "timeout": return _matching(_TIME_RULES, text) or ["It was busy or waiting there: a longer --timeout, or less work."]
     if record["status"] not in ("oom_ram", "oom_gpu"): return []
-    known = _matching(_MEMORY_RULES, text)[:3]
+    known = _matching(_MEMORY_RULES, text)[:3] or ["Give that line less at once: fewer items, or the items in pieces."]
     if found := fitting_value(record, others, (2,) if re.search(_PAIRS, text) else (1, 2)):
         name, largest, degree = found
         law = "line" if degree == 1 else "parabola"
@@ -199,9 +203,17 @@ def _stretches(steps):
 
 # %% ../nbs/68_explain.ipynb #4fd1e3d0
 def _calls(stacks, place):
-    inner = place.removesuffix(" (in a thread)").rpartition(", ")[2]
+    inner = re.sub(r"^line (\d+)( in .*)?$", r":\1\2", place.removesuffix(" (in a thread)").rpartition(", ")[2])
     ours = [stack for stack in stacks if any(call.startswith("In [") for call in stack)]
-    return next((stack for stack in [*ours, *stacks] if stack and stack[0] == inner), ours[-1] if ours else ())
+    return next((stack for stack in [*ours, *stacks] if stack and inner in f"{stack[0]},"), ours[-1] if ours else ())
+
+
+def _own_lines(calls, record, sources):
+    "The source of those calls that are lines of cells"
+    index = {cell["execution_count"]: cell["index"] for cell in record["cells"]}
+    for number, line in (map(int, found.groups()) for call in calls if (found := re.match(r"In \[(\d+)\]:(\d+) ", call))):
+        lines = sources[index[number]].splitlines() if index.get(number, len(sources)) < len(sources) else []
+        yield from lines[line - 1:line]
 
 # %% ../nbs/68_explain.ipynb #cd3ef0ab
 def _read_record(path):
@@ -236,9 +248,10 @@ def explain(
     place, sources = record.get("place", ""), _sources(record, record_path)
     line, calls = _source_line(record, sources), _calls(record.get("stacks", []), place)
     cells = sorted(record["cells"], key=lambda cell: (cell["peak_bytes"], cell["growth_bytes"]), reverse=True)
-    advice = advise({"parameters": {}} | record, " ".join([place, line, *calls]), list(_records_beside(record, record_path)))
-    return Explanation(record["status"], record["error"], place, line, tuple(calls), record["peak_bytes"], record["limit_bytes"], record["seconds"],
-                       tuple(cells), tuple(_stretches(record.get("growth", []))), tuple(advice),
+    text = " ".join([place, line, *calls[:12], *_own_lines(calls[:12], record, sources)])
+    advice = advise({"parameters": {}} | record, text, list(_records_beside(record, record_path)))
+    return Explanation(record["status"], record["error"], place, line, tuple(calls[:12]), record["peak_bytes"], record["limit_bytes"],
+                       record["seconds"], tuple(cells), tuple(_stretches(record.get("growth", []))), tuple(advice),
                        tuple(map(tuple, record["samples"])), tuple(map(tuple, record.get("device_samples", ()))))
 
 # %% ../nbs/68_explain.ipynb #027bca44

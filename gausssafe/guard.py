@@ -340,9 +340,9 @@ class Suspects:
     def look(self, pid, processes, now_s):
         "Remember sizes, and the kernel's page faults; for 0.2 % of our time"
         if now_s < self._next_s: return
-        began_s = time.monotonic()
+        began_s = time.process_time()
         self.before, self.latest = self.latest, ({p.pid: p.rss_bytes for p in processes.values()}, thread_faults(pid))
-        self._next_s = now_s + 0.05 + 500 * (time.monotonic() - began_s)
+        self._next_s = now_s + 0.05 + 500 * (time.process_time() - began_s)
 
     def threads(self, pid):
         "The kernel's threads, the one that touched most new memory first, the main one where nobody did"
@@ -389,12 +389,17 @@ class Witness:
         if not _signal_mask(self.pid, thread, (b"SigCgt",)) >> (signum - 1) & 1: return
         began_s = time.monotonic()
         with suppress(OSError), open(self.path, "ab") as file: file.write(f"dump {header}\n".encode())
+        size = self._size()
         if not _libc("tgkill", self.pid, thread, signum): _send(self.pid, signum)
         self.n_asked += 1
-        while time.monotonic() < began_s + patience_s and self._is_writing(thread, signum):
+        while time.monotonic() < began_s + patience_s and (self._size() == size or self._is_writing(thread, signum)):
             if (process := read_process(self.pid)) is None or process.rss_bytes > most_bytes: break
             time.sleep(0.0002)
         self.spent_s += time.monotonic() - began_s
+
+    def _size(self):
+        try: return os.stat(self.path).st_size
+        except OSError: return 0
 
     def _is_writing(self, thread, signum):
         return _signal_mask(self.pid, thread, (b"SigPnd", b"SigBlk", b"ShdPnd")) >> (signum - 1) & 1
@@ -806,7 +811,7 @@ class Watch:
         kernel = read_process(pid)
         most_bytes = kernel.rss_bytes + self.spec.limit_bytes / 40 if memory and kernel else float("inf")
         for taker in dict.fromkeys(takers):
-            self.ask(ALL_STACKS, taker, taker, patience_s=0.25, most_bytes=most_bytes)
+            self.ask(ALL_STACKS, taker, taker, patience_s=1 if memory else 2, most_bytes=most_bytes)
             if "\nCurrent thread" in self.witness.tail(100_000).rpartition("\ndump ")[2]: break
 
     def watch(self):

@@ -163,6 +163,15 @@ def test_a_torn_journal_is_read_as_far_as_it_goes(text):
     for dump in journal.dumps: assert str(locate(dump, journal.cells)) == ""
 
 
+def test_a_late_answer_is_known_by_its_root():
+    "Main answers below the question to a thread, and the thread below the question to main"
+    main = '  File "/tmp/a.py", line 8 in <module>\n'
+    thread = '  File "/tmp/a.py", line 4 in grow\n  File "/lib/threading.py", line 2 in _bootstrap\n'
+    head = "Stack (most recent call first):\n"
+    journal = read_journal(f"cell 2 /tmp/a.py\ndump 1.0 5 taker\n{head}{main}dump 1.0 5 main\n{head}{thread}")
+    assert str(locate(journal.dumps[0], journal.cells)) == "line 4 in grow (in a thread)"
+
+
 def test_nobody_answered(): assert locate(Dump(1.0, 5, 3), {}) == Place(3)
 
 
@@ -206,7 +215,7 @@ def test_advice_needs_probes_that_differ_in_one_number():
     two = [run(batch=10, peak=2 * 10**8, name="a", flag=True), run(batch=20, peak=3 * 10**8, name="a", flag=True)]
     assert fitting_value(dead, two) == ("batch", 85, 1) and "batch = 85 would have fitted" in advise(dead, "", two)[0]
     other = [two[0], run(batch=20, peak=3 * 10**8, name="b", flag=True)]
-    assert fitting_value(dead, other) is None and "Two runs with smaller batch" in advise(dead, "", other)[0]
+    assert fitting_value(dead, other) is None and "Two runs with smaller batch" in advise(dead, "", other)[-1]
     assert fitting_value(dead, [two[0], run("error", batch=20, name="a", flag=True)]) is None
     assert fitting_value(dead, [two[0], two[1] | {"peak_bytes": 2 * 10**8}]) is None  # it does not grow: no law
 
