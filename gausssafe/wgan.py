@@ -139,13 +139,13 @@ _PROFILES = {
 
 # %% ../nbs/25_wgan.ipynb #483037b0
 def _explain(error, names):
-    "The first mistake in one line; an unknown field names the nearest"
+    "The first mistake in one line; an unknown field names the nearest of `names`, a model's fields"
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         return f"there is no field {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(names)}")
-    if first["type"] == "literal_error": return str(unknown_name(name, first["input"], get_args(WGANConfig.model_fields[name].annotation)))
+    if first["type"] == "literal_error": return str(unknown_name(name, first["input"], get_args(names[name].annotation)))
     what = first["msg"].removeprefix("Value error, ")
     return f"{name}: {what}, not {first['input']!r}" if name and first["type"] != "value_error" else f"{name}: {what}" if name else what
 

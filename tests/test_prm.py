@@ -121,7 +121,7 @@ BAD = {
     "too few": (lambda m: run_prm(m, tokens(60), tokens(60, 1), PRMConfig(half_width=0.01)), InvalidInput, r"not +-0.01: give 6,404 a side"),
     "no room": (lambda m: run_prm(m, tokens(150), tokens(150, 1), PRMConfig(memory_limit="20kB")), MemoryBudgetExceeded, "v and Hv alone needs"),
     "no sequences": (lambda m: run_prm(m, [], tokens(5)), InvalidInput, "there are no sequences"),
-    "rule": (lambda m: PRMConfig(rule="papr"), InvalidInput, "rule: Input should be 'paper' or 'calibrated', not 'papr'"),
+    "rule": (lambda m: PRMConfig(rule="papr"), InvalidInput, "there is no rule 'papr': did you mean 'paper'?"),
     "field": (lambda m: PRMConfig(strength=1.0), InvalidInput, "there is no field 'strength': did you mean 'strengths'?"),
     "strengths": (lambda m: PRMConfig(strengths=(0.0,)), InvalidInput, "every strength is above 0, and finite"),
     "profile": (lambda m: PRMConfig.profile("huge"), InvalidInput, "there is no profile 'huge': use small, medium, opt-125m"),
