@@ -38,6 +38,7 @@ def test_normal_scores_are_ranks_as_normal_numbers():
     assert (scores[:, 1] == 0).all() and np.isfinite(scores).all()
 
 
+@pytest.mark.slow
 def test_what_is_apart_is_found():
     "With the real UMAP, which leaves torch's threads as they were"
     table, kinds = units(90, 6)

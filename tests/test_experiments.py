@@ -32,7 +32,7 @@ def test_the_parameters_of_the_quantum_gan_are_fields_with_a_comment_each():
     assert sum("  # " in line for line in lines) >= len(defaults) - 1  # batch_size says it itself
 
 
-@pytest.mark.parametrize("noise", ["quantum", "normal", "shadow"])
+@pytest.mark.parametrize("noise", ["quantum", *(pytest.param(noise, marks=pytest.mark.slow) for noise in ("normal", "shadow"))])
 def test_quantum_gan(tmp_path, noise):
     nb = run("quantum_gan", tmp_path, noise=noise, n_qubits=2, n_layers=2, batch_size=4000, epochs=2, memory_limit="60MB", out_dir="found")
     pictures = {"training.png", "metrics.png", "losses.png", "memory.png"} | ({"noise.png"} if noise == "quantum" else set())
