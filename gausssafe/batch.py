@@ -26,7 +26,7 @@ from .errors import InvalidInput
 from .guard import clear_leftovers
 from .journal import Journal, read_journal
 from .memory import memory_left_bytes, read_limit
-from .runner import run_notebook
+from .runner import _write_atomically, run_notebook
 from .settings import BatchSpec, RunSpec, expand
 from .units import format_bytes
 
@@ -41,18 +41,12 @@ def _child():
             memory_limit=task["memory_limit"], timeout_s=task["timeout_s"], check=False,
         )
     result = json.loads(record.to_json()) | {"joules": energy.joules, "energy_source": energy.source}
-    _write(Path(task["folder"]) / f"{task['name']}.result.json", json.dumps(result))
+    _write_atomically(Path(task["folder"]) / f"{task['name']}.result.json", json.dumps(result))
 
 
 def _end_with_parent():
     while sys.stdin.read(4096): pass
     os.kill(os.getpid(), signal.SIGKILL)  # The guard of the kernel sees it, and ends what is below
-
-
-def _write(path, text):
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 # %% ../nbs/65_batch.ipynb #01971648
 @contextmanager
@@ -274,7 +268,7 @@ class _Batch:
         "summary.csv, at most every two seconds"
         if now or time.monotonic() > self.written_at + 2:
             import pandas as pd
-            _write(self.folder / "summary.csv", pd.DataFrame(self.rows).convert_dtypes().to_csv(index=False))
+            _write_atomically(self.folder / "summary.csv", pd.DataFrame(self.rows).convert_dtypes().to_csv(index=False))
             self.written_at = time.monotonic()
 
     @property
@@ -326,7 +320,8 @@ def _new_folder(results, spec):
         with suppress(FileExistsError):
             try: (results / name).mkdir()
             except PermissionError as error: raise InvalidInput(f"cannot write {results}: {error.strerror}") from None
-            _write(results / name / "settings.json", json.dumps({"digest": spec.digest(), "settings": json.loads(spec.model_dump_json())}, indent=1))
+            settings = {"digest": spec.digest(), "settings": json.loads(spec.model_dump_json())}
+            _write_atomically(results / name / "settings.json", json.dumps(settings, indent=1))
             return results / name
 
 

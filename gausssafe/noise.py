@@ -106,20 +106,20 @@ class ClassicalNoise(_Noise):
     def extra_repr(self): return f"{self.kind}, dim={self.dim}"
 
 # %% ../nbs/23_noise.ipynb #f08b5080
-class _CircuitNoise(_Noise):
-    "Noise from `reports_circuit`"
+class _LatentNoise(_Noise):
+    "Noise made of two uniform numbers a sample, by weights that can be trained"
 
-    def __init__(self, n_qubits, n_layers, dim, weights_seed, latents_seed, memory_limit):
+    def __init__(self, shape, dim, weights_seed, latents_seed):
         super().__init__(latents_seed)
-        self.n_qubits, self.dim, self.memory_limit_bytes = n_qubits, dim, None if memory_limit is None else read_limit(memory_limit)
-        uniform = torch.rand(n_layers, 2 * n_qubits - 1, generator=torch.Generator().manual_seed(weights_seed))
+        self.dim = dim
+        uniform = torch.rand(shape, generator=torch.Generator().manual_seed(weights_seed))
         self.weights = nn.Parameter((2 * uniform - 1) * math.pi)
 
     def sample_latents(
         self,
         n: int,  # Samples
     ) -> torch.Tensor:  # (n, 2), uniform on [-1, 1]
-        "Draw what the circuit encodes"
+        "Draw the two numbers"
         _check_count("the number of samples", n)
         return 2 * self._draw(torch.rand, (n, 2), self.weights) - 1
 
@@ -129,6 +129,14 @@ class _CircuitNoise(_Noise):
     ) -> torch.Tensor:  # (n, dim)
         "Draw `n` samples"
         return self.from_latents(self.sample_latents(n))
+
+
+class _CircuitNoise(_LatentNoise):
+    "Noise from `reports_circuit`"
+
+    def __init__(self, n_qubits, n_layers, dim, weights_seed, latents_seed, memory_limit):
+        super().__init__((n_layers, 2 * n_qubits - 1), dim, weights_seed, latents_seed)
+        self.n_qubits, self.memory_limit_bytes = n_qubits, None if memory_limit is None else read_limit(memory_limit)
 
     def estimate_bytes(
         self,
@@ -175,7 +183,7 @@ class QuantumNoise(_CircuitNoise):
     def extra_repr(self): return f"n_qubits={self.dim}, n_layers={len(self.weights)}, {format_bytes(self.estimate_bytes(256))} a batch of 256"
 
 # %% ../nbs/23_noise.ipynb #6213bf4e
-class MapNoise(_Noise):
+class MapNoise(_LatentNoise):
     "Two uniform numbers through a small classical map with 3 dim + 4 weights that can be trained"
 
     def __init__(
@@ -184,19 +192,7 @@ class MapNoise(_Noise):
         seed: int = 0,  # Seeds the weights and the latents, by generators of its own
     ):
         _check_count("dim", dim)
-        weights_seed, latents_seed = seed_streams(seed, 2)
-        super().__init__(latents_seed)
-        self.dim = dim
-        uniform = torch.rand(3 * dim + 4, generator=torch.Generator().manual_seed(weights_seed))
-        self.weights = nn.Parameter((2 * uniform - 1) * math.pi)
-
-    def sample_latents(
-        self,
-        n: int,  # Samples
-    ) -> torch.Tensor:  # (n, 2), uniform on [-1, 1]
-        "Draw what the map takes"
-        _check_count("the number of samples", n)
-        return 2 * self._draw(torch.rand, (n, 2), self.weights) - 1
+        super().__init__((3 * dim + 4,), dim, *seed_streams(seed, 2))
 
     def from_latents(
         self,
@@ -206,13 +202,6 @@ class MapNoise(_Noise):
         _check_latents(z)
         mix, spread, shift = self.weights.split((4, 2 * self.dim, self.dim))
         return torch.sin(torch.tanh(z @ mix.view(2, 2)) @ spread.view(2, self.dim) + shift)
-
-    def forward(
-        self,
-        n: int,  # Samples
-    ) -> torch.Tensor:  # (n, dim)
-        "Draw `n` samples"
-        return self.from_latents(self.sample_latents(n))
 
     def extra_repr(self): return f"dim={self.dim}, {self.weights.numel()} weights"
 
