@@ -32,9 +32,8 @@ $(VENV)/.lab: $(VENV)/.user
 	$(PIP) -e '.[lab]'
 	@touch $@
 
-demo: $(VENV)/.user  ## train a GAN on quantum noise inside 1 GB, and print where everything is
-	$(BIN)/gausssafe run nbs/experiments/quantum_gan.ipynb $(DEMO)/quantum_gan.ipynb -p out_dir $(DEMO) --memory-limit 1GB --timeout 20m
-	@echo "Pictures and numbers:"; ls -1 $(DEMO)/*.png $(DEMO)/*.json $(DEMO)/*.npz
+demo: $(VENV)/.user  ## a GAN on quantum noise, one on classical, and a run that must fail: a batch within 3 GB, and its report
+	$(BIN)/gausssafe batch nbs/experiments/demo.json --results $(DEMO) --jobs 2 --memory 3GB
 
 test: $(VENV)/.dev  ## the fast tests and every notebook, under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not torture and not gpu"

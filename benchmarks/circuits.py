@@ -47,7 +47,8 @@ CASES = [  # name, circuit, qubits, layers, batch, group
     ("n=8 L=4 B=256", "uploads", 8, 4, 256, "re-uploaded inputs"),
     ("n=10 L=4 B=256", "uploads", 10, 4, 256, "re-uploaded inputs"),
 ]
-TOO_LARGE = {"loop": 6, "broadcasting": 14, "device": 14, "pyqtorch": 14, "jax": 8, "tensorcircuit": 14}  # qubits past which a step, or compiling it, takes minutes
+# Qubits past which a step, or compiling it, takes minutes
+TOO_LARGE = {"loop": 6, "broadcasting": 14, "device": 14, "pyqtorch": 14, "jax": 8, "tensorcircuit": 14}
 COLOURS = {"ours": "#0072B2", "device": "#56B4E9", "loop": "#999999", "broadcasting": "#D55E00", "pyqtorch": "#E69F00", "jax": "#009E73",
            "tensorcircuit": "#CC79A7"}
 TITLES = {"ours": "ours", "device": "ours, as a PennyLane device", "loop": "PennyLane loop", "broadcasting": "PennyLane broadcasting",

@@ -23,25 +23,35 @@ from pathlib import Path
 
 from .energy import EnergyMeter
 from .errors import InvalidInput
+from .files import write_whole
 from .guard import clear_leftovers
 from .journal import Journal, read_journal
-from .memory import memory_left_bytes, read_limit
-from .runner import _write_atomically, run_notebook
+from .memory import device_left_bytes, memory_left_bytes, read_limit
+from .provisioner import prepare_kernel
+from .runner import run_notebook
 from .settings import BatchSpec, RunSpec, expand
 from .units import format_bytes
+from .warm import close_warm, spawn_warm
 
 # %% ../nbs/65_batch.ipynb #f0dfc26c
-def _child():
+def _child(warm=False):
     "A run, as the task on standard input says; ends when that input does"
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with _beside(task["background"], Path(task["folder"])), EnergyMeter() as energy:
+    with _beside(task), EnergyMeter() as energy:
         record = run_notebook(
             task["notebook"], f"{task['folder']}/{task['name']}.ipynb", task["parameters"],
             memory_limit=task["memory_limit"], timeout_s=task["timeout_s"], check=False,
         )
-    result = json.loads(record.to_json()) | {"joules": energy.joules, "energy_source": energy.source}
-    _write_atomically(Path(task["folder"]) / f"{task['name']}.result.json", json.dumps(result))
+    result = json.loads(record.to_json()) | {"joules": energy.joules, "energy_source": energy.source, "warm": warm,
+                                             "threads": os.environ.get("OMP_NUM_THREADS")}
+    write_whole(Path(task["folder"]) / f"{task['name']}.result.json", json.dumps(result))
+
+
+def _warm_child():
+    "The same, in a process that was forked"
+    prepare_kernel()
+    _child(warm=True)
 
 
 def _end_with_parent():
@@ -49,37 +59,42 @@ def _end_with_parent():
     os.kill(os.getpid(), signal.SIGKILL)  # The guard of the kernel sees it, and ends what is below
 
 # %% ../nbs/65_batch.ipynb #01971648
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
 @contextmanager
-def _beside(background, folder):
-    "Keep a background load running"
-    if not background:
+def _beside(task):
+    "Keep the background load of a task running, if it has one"
+    if not (load := task["background"]):
         yield
         return
-    stop, running = threading.Event(), []
-    task = background | {"folder": str(folder), "background": None, "timeout_s": background["timeout"]}
+    stop, turn, running = threading.Event(), threading.Lock(), []
+    load = load | {"folder": task["folder"], "threads": task["threads"], "warm": [], "background": None, "timeout_s": load["timeout"]}
 
     def keep():
         for i in itertools.count():
-            if stop.is_set(): return
-            running[:] = [_spawn(task | {"name": f"background-{i}"})]
+            with turn:
+                if stop.is_set(): return
+                running[:] = [_spawn(load | {"name": f"background-{i}"})]
             running[0].wait()
 
     keeper = threading.Thread(target=keep, daemon=True)
     keeper.start()
     try: yield
     finally:
-        stop.set()
+        with turn: stop.set()
         for process in running: _end(process)
         keeper.join()
 
 
 def _spawn(task):
     "Start the process of a task; whatever it prints goes to a log"
-    folder = Path(task["folder"])
+    folder, environment = Path(task["folder"]), (dict.fromkeys(_THREADS, str(task["threads"])) if task["threads"] else {}) | dict(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{task['name']}.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, "-c", "from gausssafe.batch import _child; _child()"], stdin=subprocess.PIPE, stdout=log,
-                                   stderr=log, start_new_session=True)  # Ctrl-C is for the batch
+        process = spawn_warm(task["warm"], "gausssafe.batch:_warm_child", log, environment) if task["warm"] else None
+        process = process or subprocess.Popen([sys.executable, "-c", "from gausssafe.batch import _child; _child()"], stdin=subprocess.PIPE,
+                                              stdout=log, stderr=log, env=environment, start_new_session=True)  # Ctrl-C is for the batch
     with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(task).encode() + b"\n")
         process.stdin.flush()
@@ -138,6 +153,7 @@ def _replay(runs, entries):
         if state and entry["event"] == "end":
             state.attempts, state.lost, state.row = entry["attempts"], entry["lost"], entry["row"]
             if entry["again"] is not None: state.row, state.run, state.scaled = None, replace(state.run, **entry["again"]), entry["scaled"]
+            elif state.row["status"] == "lost": state.row, state.lost = None, 0
     return states
 
 
@@ -165,6 +181,8 @@ def _row(state, result, folder):
         "run_number": run.number, "run_expect": run.expect, "run_cell": cell, "run_error": result.get("error"),
         "run_seconds": result.get("seconds"), "run_peak_bytes": result.get("peak_bytes"), "run_limit_bytes": result.get("limit_bytes"),
         "run_joules": result.get("joules"), "run_energy_source": result.get("energy_source", "none"), "run_lost": state.lost,
+        "run_device_bytes": max((reserved for _, _, reserved, _ in result.get("device_samples", ())), default=None),
+        "run_warm": result.get("warm"), "run_threads": result.get("threads"),
         "run_started": result.get("started"), "run_folder": str(folder), "run_notebook": run.notebook,
         "run_versions": " ".join(f"{name}={version}" for name, version in (result.get("versions") or {}).items()),
     }
@@ -201,33 +219,44 @@ class BatchResult:
         return f"{len(self.rows)} of {self.n_runs} runs: {told}. {self.folder}/summary.csv"
 
 # %% ../nbs/65_batch.ipynb #03658f37
-_MARGIN, _ENOUGH = 1.25, 2
+_MARGIN, _ENOUGH, _ALIKE = 1.25, 2, 1.5
 
 
 class _Admission:
     "Who may start, in bytes"
 
-    def __init__(self, budget: int):
-        self.budget, self.peaks = budget, {}
+    def __init__(self, budget: int, device_budget: int | None = None):
+        self.budget, self.device_budget, self.peaks = budget, device_budget, {}
 
     def learn(self, run, row):
-        if row["status"] in _SUCCESS and row["run_peak_bytes"]: self.peaks.setdefault(run.experiment, []).append(row["run_peak_bytes"])
+        "Remember what a run took"
+        if row["status"] in _SUCCESS and row["run_peak_bytes"]:
+            self.peaks.setdefault(run.experiment, []).append((row["run_peak_bytes"], row["run_device_bytes"] or 0))
 
-    def predict(self, run) -> int:
-        "Bytes that a run, and the load beside it, will take"
-        peaks = self.peaks.get(run.experiment, [])
-        own = min(run.memory_limit, int(_MARGIN * max(peaks))) if len(peaks) >= _ENOUGH else run.memory_limit
-        return own + ((run.background or {}).get("memory_limit") or 0)
+    def predict(self, run) -> tuple[int, int]:
+        "Bytes of memory that a run, and the load beside it, will take, and bytes of the graphics card"
+        memory, device = zip(*self.peaks.get(run.experiment, []), strict=True) if run.experiment in self.peaks else ((), ())
+        own = min(run.memory_limit, _learned(memory) or run.memory_limit)
+        return own + ((run.background or {}).get("memory_limit") or 0), max(int(_MARGIN * max(device, default=0)), run.device_memory or 0)
 
     def admits(self, run, running) -> bool:
-        return self.predict(run) <= self.budget - sum(running) and (not running or self.predict(run) <= memory_left_bytes())
+        "Whether a run may start beside others, given what was predicted for them"
+        (memory, device), alone = self.predict(run), not running
+        if memory > self.budget - sum(m for m, _ in running) or not alone and memory > memory_left_bytes(): return False
+        if not device or self.device_budget is None: return True
+        return device <= self.device_budget - sum(d for _, d in running) and (alone or device <= (device_left_bytes() or 0))
+
+
+def _learned(peaks):
+    "What the next run will take, if those before it agree; None if nobody knows"
+    return int(_MARGIN * max(peaks)) if len(peaks) >= _ENOUGH and max(peaks) <= _ALIKE * min(peaks) else None
 
 # %% ../nbs/65_batch.ipynb #ccfe3d37
 class _Batch:
     "The states of all runs, and what is on disk of them"
 
-    def __init__(self, folder, journal, states, admission):
-        self.folder, self.journal, self.states, self.admission = folder, journal, states, admission
+    def __init__(self, folder, journal, states, admission, common):
+        self.folder, self.journal, self.states, self.admission, self.common = folder, journal, states, admission, common
         self.todo = deque(state for state in states.values() if state.row is None)
         self.running, self.written_at = {}, 0.0  # Futures: (state, predicted bytes)
 
@@ -245,7 +274,7 @@ class _Batch:
     def _start(self, executor, state):
         predicted = self.admission.predict(state.run)
         self.journal.append(event="start", key=state.run.key, attempt=state.attempts + 1, at=datetime.now(UTC).isoformat(timespec="seconds"))
-        self.running[executor.submit(execute_run, _task(state, self.folder))] = state, predicted
+        self.running[executor.submit(execute_run, _task(state, self.folder) | self.common)] = state, predicted
 
     def finish(self, future):
         "Write down how a run ended, and whether it is tried again"
@@ -268,14 +297,14 @@ class _Batch:
         "summary.csv, at most every two seconds"
         if now or time.monotonic() > self.written_at + 2:
             import pandas as pd
-            _write_atomically(self.folder / "summary.csv", pd.DataFrame(self.rows).convert_dtypes().to_csv(index=False))
+            write_whole(self.folder / "summary.csv", pd.DataFrame(self.rows).convert_dtypes().to_csv(index=False))
             self.written_at = time.monotonic()
 
     @property
     def rows(self): return [state.row for state in self.states.values() if state.row is not None]
 
 # %% ../nbs/65_batch.ipynb #a7e07d73
-_MOST_LOST = 3
+_MOST_LOST = 5
 
 
 def _again(state, row):
@@ -304,13 +333,13 @@ def _task(state, folder):
     }
 
 # %% ../nbs/65_batch.ipynb #915a0cfe
-def _folder_for(results, spec, new):
+def _folder_for(results, spec, resume):
     "(the folder, whether it was there)"
     results = Path(results)
     try: results.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InvalidInput(f"cannot write {results}: {error.strerror}") from None
-    for path in sorted(results.glob("run_*/settings.json"), reverse=not new):
-        if not new and json.loads(path.read_text()).get("digest") == spec.digest(): return path.parent
+    for path in sorted(results.glob("run_*/settings.json"), reverse=True) if resume else ():
+        if json.loads(path.read_text()).get("digest") == spec.digest(): return path.parent
     return _new_folder(results, spec)
 
 
@@ -321,18 +350,22 @@ def _new_folder(results, spec):
             try: (results / name).mkdir()
             except PermissionError as error: raise InvalidInput(f"cannot write {results}: {error.strerror}") from None
             settings = {"digest": spec.digest(), "settings": json.loads(spec.model_dump_json())}
-            _write_atomically(results / name / "settings.json", json.dumps(settings, indent=1))
+            write_whole(results / name / "settings.json", json.dumps(settings, indent=1))
             return results / name
 
 
 def _limited(runs, memory_bytes, jobs):
     "Every run with a limit, and none that can never fit"
+    device_bytes = device_left_bytes()
     runs = [run if run.memory_limit else replace(run, memory_limit=memory_bytes // jobs) for run in runs]
     for run in runs:
         needed = run.memory_limit + ((run.background or {}).get("memory_limit") or 0)
         if needed > memory_bytes:
             raise InvalidInput(f"{run.experiment} asks for {format_bytes(needed)} with what runs beside it, and the batch has "
                                f"{format_bytes(memory_bytes)}: give a smaller memory_limit, or the batch more memory.")
+        if device_bytes is not None and (run.device_memory or 0) > device_bytes:
+            raise InvalidInput(f"{run.experiment} asks for {format_bytes(run.device_memory)} of the graphics card, and "
+                               f"{format_bytes(device_bytes)} are free: give a smaller device_memory, or wait for the card.")
     return runs
 
 # %% ../nbs/65_batch.ipynb #3a90cba0
@@ -341,9 +374,10 @@ def run_batch(
     results: str | Path = "results/",  # Folder of all batches; this one gets its own in it
     executor: Executor | None = None,  # Any of `concurrent.futures`' kind, a Dask client's too; None: processes on this machine
     *,
-    jobs: int = 2,  # Runs at a time
+    jobs: int = 2,  # Runs at a time; without an executor each has its share of the cores as threads, unless OMP_NUM_THREADS says how many
     memory: str | int | None = None,  # For all runs together; None: what is left of the guard's limit, else of the machine
-    new: bool = False,  # Start afresh, whatever was done before
+    warm: tuple[str, ...] = (),  # Modules to import once, such as `("torch", "pennylane")`: runs are forked from there
+    resume: bool = True,  # Finish the newest batch of the same settings; False: start afresh, whatever was done before
     allow_many: bool = False,  # Also more than 10,000 runs
     progress: bool = False,  # A bar on stderr
 ) -> BatchResult:
@@ -351,12 +385,12 @@ def run_batch(
     if jobs < 1: raise InvalidInput(f"jobs is at least 1, not {jobs}")
     budget = read_limit(memory, "memory")
     runs = _limited(expand(spec, allow_many=allow_many), budget, jobs)
-    folder = _folder_for(results, spec, new)
+    folder, common = _folder_for(results, spec, resume), {"warm": list(warm), "threads": None if executor else max(1, os.cpu_count() // jobs)}
     clear_leftovers()
     with Journal(folder / "journal.jsonl") as journal, _pool(executor, jobs) as pool:
         states = _replay(runs, read_journal(folder / "journal.jsonl"))
-        batch = _Batch(folder, journal, states, _Admission(budget))
-        if not new: _take_over(batch, results)
+        batch = _Batch(folder, journal, states, _Admission(budget, device_left_bytes()), common)
+        if resume: _take_over(batch, results)
         interrupted = _loop(batch, pool, jobs, progress)
         batch.write(now=True)
     return BatchResult(folder, batch.rows, len(runs), interrupted)
@@ -375,7 +409,9 @@ def _take_over(batch, results):
 def _pool(executor, jobs):
     if executor is not None: yield executor
     else:
-        with ThreadPoolExecutor(jobs) as own: yield own
+        try:
+            with ThreadPoolExecutor(jobs) as own: yield own
+        finally: close_warm()
 
 # %% ../nbs/65_batch.ipynb #f46ba04d
 def _loop(batch, pool, jobs, progress):

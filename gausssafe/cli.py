@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from .units import format_bytes, parse_bytes, parse_duration
+from .units import format_bytes, format_duration, parse_bytes, parse_duration
 
 # %% ../nbs/71_cli.ipynb #92b41c4e
 class _OneLine(click.ClickException):
@@ -201,15 +201,48 @@ def kernel_remove(name):
     click.echo(f"removed {name}")
 
 # %% ../nbs/71_cli.ipynb #350705dc
-@main.command(short_help="Make room: old and superfluous checkpoints.")
-@click.option("--checkpoints", "folder", required=True, metavar="PATH", help="A folder with runs somewhere below.")
+@main.command(short_help="Make room: checkpoints, processes and shared memory that nobody needs.")
+@click.option("--checkpoints", "folder", metavar="PATH", help="A folder with runs somewhere below: old and superfluous checkpoints.")
 @click.option("--keep-last", default=5, show_default=True, metavar="N", help="Of a run, to go on from.")
 @click.option("--keep-best", default=3, show_default=True, metavar="N", help="Of a run, to use.")
 @click.option("--archive-after", default="720h", show_default=True, metavar="DURATION", help="Older ones are compressed.")
+@click.option("--processes", is_flag=True, help="Processes of runs whose guard was killed.")
+@click.option("--shm", is_flag=True, help="Our shared memory that no process uses, a minute after its last write.")
 @click.option("--yes", is_flag=True, help="Do it; without this it is only listed.")
 @_plain_errors
-def clean(folder, keep_last, keep_best, archive_after, yes):
-    "List the checkpoints that a folder of runs could do without; with --yes, remove and compress them."
+def clean(folder, keep_last, keep_best, archive_after, processes, shm, yes):
+    """List what runs left behind; with --yes, remove it.
+
+    \b
+    gausssafe clean --processes --shm
+    gausssafe clean --checkpoints runs/ --yes
+    """
+    if not (folder or processes or shm): raise ValueError("say what to clean: --checkpoints PATH, --processes, --shm")
+    if processes: _clean_processes(yes)
+    if shm: _clean_segments(yes)
+    if folder: _clean_checkpoints(folder, keep_last, keep_best, archive_after, yes)
+
+
+def _clean_processes(yes):
+    from gausssafe.guard import clear_leftovers, find_leftovers
+    found = clear_leftovers() if yes else find_leftovers()
+    for p in found: click.echo(f"process {p['pid']} of run {p['run_id']}, {format_bytes(p['rss_bytes'])}: {p['command']}")
+    _conclude_cleaning("processes", found, yes, sum(p["rss_bytes"] for p in found))
+
+
+def _clean_segments(yes):
+    from gausssafe.guard import clear_segments, find_segments
+    found = clear_segments() if yes else find_segments()
+    for s in found: click.echo(f"/dev/shm/{s['name']}, {format_bytes(s['size_bytes'])}, last written {format_duration(s['age_s'])} ago")
+    _conclude_cleaning("shared memory segments", found, yes, sum(s["size_bytes"] for s in found))
+
+
+def _conclude_cleaning(what, found, yes, n_bytes):
+    end = "removed" if yes else "nothing was touched: add --yes to do it"
+    click.echo(f"{len(found)} {what}, {format_bytes(n_bytes)}; {end}" if found else f"no {what} left behind")
+
+
+def _clean_checkpoints(folder, keep_last, keep_best, archive_after, yes):
     from gausssafe.checkpoint import plan_cleaning
     actions = plan_cleaning(folder, keep_last=keep_last, keep_best=keep_best, archive_after_s=parse_duration(archive_after))
     for action in actions: click.echo(str(action))
@@ -241,14 +274,16 @@ def track_sync(folder, uri):
 @click.option("--results", default="results/", show_default=True, metavar="FOLDER", help="Each batch gets its own folder in it.")
 @click.option("--jobs", default=2, show_default=True, metavar="N", help="Runs at a time.")
 @click.option("--memory", metavar="SIZE", help='For all runs together: "8GB". Default: what is left of the machine.')
+@click.option("--warm", metavar="MODULE,...", default=(), callback=lambda _, __, text: [name for name in (text or "").split(",") if name],
+              help="Import these once and fork every run from there: torch,pennylane.")
 @click.option("--dry-run", is_flag=True, help="Only list the runs.")
 @click.option("--resume/--new", default=True, help="Finish the newest batch of the same settings (the default), or start afresh.")
 @click.option("--yes", is_flag=True, help="Also more than 10,000 runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @_plain_errors
-def batch(settings, results, jobs, memory, dry_run, resume, yes, as_json, quiet):
-    """Run every experiment of a settings file (JSON or YAML) under its limits.
+def batch(settings, results, jobs, memory, warm, dry_run, resume, yes, as_json, quiet):
+    """Run every experiment of a settings file (JSON or YAML; its schema is `batch.schema.json` of the documentation) under its limits.
 
     Ctrl-C once finishes what is running, twice stops it; the same command goes on from there. A batch that is done is told again.
 
@@ -264,7 +299,7 @@ def batch(settings, results, jobs, memory, dry_run, resume, yes, as_json, quiet)
     if dry_run:
         for run in expand(spec, allow_many=yes): click.echo(f"{run.folder}  {json.dumps(run.parameters)}")
         return
-    result = run_batch(spec, results, jobs=jobs, memory=memory, new=not resume, allow_many=yes, progress=not quiet and sys.stderr.isatty())
+    result = run_batch(spec, results, jobs=jobs, memory=memory, warm=warm, resume=resume, allow_many=yes, progress=not quiet and sys.stderr.isatty())
     if result.rows: _report(result.folder)
     click.echo(result.table.to_json(orient="records", indent=1) if as_json else f"{result}\nreport    {result.folder}/report.html")
     sys.exit(result.exit_code)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['GausssafeError', 'MemoryBudgetExceeded', 'where', 'MemoryLimitExceeded', 'TimeLimitExceeded', 'RunFailed',
-           'KernelDied', 'NotebookFailed', 'RunLost', 'InvalidInput', 'NotFinite', 'unknown_name', 'DiskFull']
+           'KernelDied', 'NotebookFailed', 'RunLost', 'InvalidInput', 'NotFinite', 'unknown_name', 'invalid_field',
+           'DiskFull']
 
 # %% ../nbs/01_errors.ipynb #252aaa81
 import difflib
 import signal
+from typing import get_args
 
 from .units import format_bytes, format_duration
 
@@ -124,6 +126,20 @@ def unknown_name(
     "A refusal that names the nearest valid name, or all of them"
     near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.4)
     return InvalidInput(f"there is no {what} {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"))
+
+# %% ../nbs/01_errors.ipynb #aec018f1
+def invalid_field(
+    error,  # A pydantic ValidationError
+    fields,  # The model's, by name
+) -> InvalidInput:  # To be raised
+    "The first mistake in one line; an unknown field names the nearest"
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden": return unknown_name("field", name, fields)
+    if first["type"] == "literal_error": return unknown_name(name, first["input"], get_args(fields[name].annotation))
+    what = first["msg"].removeprefix("Value error, ")
+    given = f", not {first['input']!r}" if name and first["type"] != "value_error" else ""
+    return InvalidInput(f"{name}: {what}{given}" if name else what)
 
 # %% ../nbs/01_errors.ipynb #eec126d8
 class DiskFull(GausssafeError, OSError):

@@ -6,7 +6,8 @@
 __all__ = ['ALL_STACKS', 'OWN_STACK', 'Process', 'read_process', 'descendants', 'pss_bytes', 'high_water_bytes', 'command_line',
            'Tree', 'ProcTree', 'sleep_s', 'Trace', 'Cells', 'thread_faults', 'Suspects', 'Witness', 'mapped_segments',
            'SharedMemory', 'Cgroup', 'find_cgroup', 'CgroupTree', 'PsTree', 'GuardSpec', 'guard_command', 'Record',
-           'Watch', 'Guard', 'main', 'run_guarded', 'clear_leftovers']
+           'Watch', 'Guard', 'main', 'run_guarded', 'find_leftovers', 'clear_leftovers', 'find_segments',
+           'clear_segments']
 
 # %% ../nbs/60_guard.ipynb #021a15d2
 import os
@@ -642,7 +643,20 @@ def _become(command, marks, guard_pid, niceness, group):
     with suppress(OSError): _write("/proc/self/oom_score_adj", "1000")
     if group: group.enter()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.execvpe(command[0], command, os.environ | marks)
+    if not callable(command): os.execvpe(command[0], command, os.environ | marks)
+    _show(marks)
+    os.environ.update(marks)
+    command()
+    os._exit(0)
+
+
+def _show(marks):
+    "Write marks where this process's first environment has longer values of the same names"
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_void_p
+    for name, value in marks.items():
+        place, room = libc.getenv(name.encode()), len(os.fsencode(os.environ.get(name, "")))
+        if place and len(value) < room: ctypes.memmove(place, value.encode().ljust(room, b"\0"), room)
 
 
 def _start(command, marks, group):
@@ -651,7 +665,7 @@ def _start(command, marks, group):
     _raise_priority()
     if pid := os.fork(): return pid
     try: _become(command, marks, guard_pid, niceness, group)
-    except BaseException as error: _say(f"cannot run {command[0]}: {error}")
+    except BaseException as error: _say(f"cannot run {getattr(command, '__name__', command[0:1])}: {error}")
     finally: os._exit(127)
 
 # %% ../nbs/60_guard.ipynb #0e0036c4
@@ -840,7 +854,8 @@ class Guard(Watch):
         self.record.journal, self.record.ask_s = self.witness.tail(), round(self.witness.spent_s, 4)
         if self.spec.status_path: _write_json(self.spec.status_path, self.record.status())
         if self.record.reason == "runner_died" and self.spec.private_dir: _remove_private(self.spec.private_dir)
-        return self.record.exit_code
+        code = self.record.exit_code
+        return 137 if code is None else code if code >= 0 else 128 - code
 
     def runner(self):
         "A descriptor that becomes readable when the runner dies; None where there is no such thing"
@@ -877,8 +892,7 @@ def main(
     arguments: list[str],  # SPEC -- COMMAND...
 ) -> int:  # The command's exit code; 128 + signal if it was killed
     "Guard one command"
-    exit_code = Guard(GuardSpec(**json.loads(arguments[0])), arguments[2:]).run()
-    return 137 if exit_code is None else exit_code if exit_code >= 0 else 128 - exit_code
+    return Guard(GuardSpec(**json.loads(arguments[0])), arguments[2:]).run()
 
 
 if __name__ == "__main__" and "__file__" in globals(): os._exit(main(sys.argv[1:]))
@@ -921,27 +935,67 @@ def _ancestors():
     return line
 
 # %% ../nbs/60_guard.ipynb #abd5a703
+def find_leftovers(
+) -> list[dict]:  # pid, run_id, rss_bytes, command
+    "The marked processes whose guard is dead and whose user is ours"
+    spared = set(_ancestors())
+    pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if pid not in spared and _is_leftover(pid)]
+    return [told for told in map(_about, pids) if told]
+
+
+def _about(pid):
+    process, run_id = read_process(pid), _environment(pid).get("GAUSSSAFE_RUN")
+    return process and {"pid": pid, "run_id": run_id, "rss_bytes": process.rss_bytes, "command": command_line(pid)}
+
+
 def clear_leftovers(
-) -> list[dict]:  # What was killed: pid, run_id, rss_bytes, command
+) -> list[dict]:  # What was killed, as `find_leftovers` tells it
     "Kill the marked processes whose guard is dead and whose user is ours"
-    cleared, deadline_s = [], time.monotonic() + 2
-    spared = set(_ancestors()) if sys.platform == "linux" else None
-    while spared and time.monotonic() < deadline_s:
-        found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if pid not in spared and _is_leftover(pid)]
-        if not found: break
-        cleared += [_kill_leftover(pid) for pid in found]
+    cleared, deadline_s = {}, time.monotonic() + 2
+    while sys.platform == "linux" and time.monotonic() < deadline_s and (found := find_leftovers()):
+        cleared |= {told["pid"]: told for told in found if _kill_leftover(told["pid"])}
         time.sleep(0.002)
-    return list({entry["pid"]: entry for entry in cleared if entry}.values())
+    return list(cleared.values())
 
 
 def _kill_leftover(pid):
     "Kill by a handle, so that a pid that changed hands meanwhile is not hit"
     try: handle = os.pidfd_open(pid)
-    except OSError: return None
+    except OSError: return False
     try:
-        process, run_id, command = read_process(pid), _environment(pid).get("GAUSSSAFE_RUN"), command_line(pid)
-        if not process or not _is_leftover(pid): return None
+        if not _is_leftover(pid): return False
         signal.pidfd_send_signal(handle, signal.SIGKILL)
-        return {"pid": pid, "run_id": run_id, "rss_bytes": process.rss_bytes, "command": command}
-    except OSError: return None
+        return True
+    except OSError: return False
     finally: os.close(handle)
+
+# %% ../nbs/60_guard.ipynb #c009faf3
+def _open_segments(pid):
+    "Names of the files in /dev/shm that a process holds open"
+    names = set()
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError): names.add(os.readlink(entry.path))
+    return {name.removeprefix("/dev/shm/") for name in names if name.startswith("/dev/shm/")}
+
+
+def find_segments(
+    older_than_s: float = 60,  # Seconds since the last write
+) -> list[dict]:  # name, size_bytes, age_s
+    "Our user's shared memory that nobody uses any more"
+    free = _segments()
+    for pid in filter(str.isdigit, os.listdir("/proc") if free else []):
+        for name in mapped_segments(pid).keys() | _open_segments(pid): free.pop(name, None)
+    stats = {name: os.stat(f"/dev/shm/{name}") for name in free if os.path.exists(f"/dev/shm/{name}")}
+    found = [{"name": name, "size_bytes": stat.st_size, "age_s": time.time() - stat.st_mtime} for name, stat in sorted(stats.items())]
+    return [entry for entry in found if entry["age_s"] > older_than_s]
+
+
+def clear_segments(
+    older_than_s: float = 60,  # Seconds since the last write
+) -> list[dict]:  # What was removed, as `find_segments` tells it
+    "Remove our user's shared memory that nobody uses any more"
+    found = find_segments(older_than_s)
+    for entry in found:
+        with suppress(OSError): os.unlink(f"/dev/shm/{entry['name']}")
+    return found

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import nn
 
 from .clusters import Clusters, find_clusters
-from .errors import InvalidInput, MemoryBudgetExceeded
+from .errors import InvalidInput, invalid_field, MemoryBudgetExceeded
 from .hvp import HessianOperator
 from .language import _sequences, lm_loss, lm_pairs, score_tokens, sequence_losses
 from .membership import check_split, require_sequences, run_attacks
@@ -30,7 +30,6 @@ from .memory import read_limit
 from .partition import CLASSES, count_classes, find_units, measure_features, partition
 from .response import Responses, compare_with_controls, measure_responses, n_passes, small_noise_check, summarize_responses
 from .units import format_bytes, format_duration
-from .wgan import _explain
 
 # %% ../nbs/39_prm.ipynb #5202c6e5
 class PRMConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -62,7 +61,7 @@ class PRMConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def __init__(self, **settings):
         try: super().__init__(**settings)
-        except ValidationError as error: raise InvalidInput(_explain(error, type(self).model_fields)) from None
+        except ValidationError as error: raise invalid_field(error, type(self).model_fields) from None
 
     @field_validator("memory_limit")
     @classmethod

@@ -9,7 +9,6 @@ __all__ = ['EXIT_CODES', 'PAPERMILL_INSERTS', 'classify', 'CellRecord', 'RunReco
 # %% ../nbs/62_runner.ipynb #c17854b8
 import ast
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from papermill.execute import remove_error_markers
 from . import errors
 from .autopsy import Growth, describe, growth_steps, locate, locate_error, read_journal, stack_lines
 from .errors import InvalidInput
+from .files import write_whole
 from .guard import clear_leftovers
 from .memory import read_memory
 from .provisioner import guard_kernel
@@ -124,12 +124,7 @@ def raise_for_status(
     raise error
 
 # %% ../nbs/62_runner.ipynb #74f25a2b
-def _write_atomically(path, text):
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+#| export
 
 # %% ../nbs/62_runner.ipynb #9ade40fb
 def notebook_parameters(
@@ -449,6 +444,6 @@ def run_notebook(
     record = RunRecord(input_path=str(input_path), output_path=str(output_path), record_path=str(record_path), parameters=parameters,
                        kernel_name=kernel["kernel_name"], started=started, seconds=round(time.monotonic() - start, 3), timeout_s=timeout_s,
                        versions=_versions(), **_measured(nb, guard))
-    _write_atomically(record_path, record.to_json())
+    write_whole(record_path, record.to_json())
     if check: raise_for_status(record)
     return record

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import nbformat
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from .errors import InvalidInput
 from .runner import notebook_parameters
@@ -29,8 +29,11 @@ def _bytes_of(value): return None if value is None else parse_bytes(value)
 def _seconds_of(value): return None if value is None else parse_duration(value)
 
 
-Bytes = Annotated[int | None, BeforeValidator(_bytes_of)]
-Seconds = Annotated[float | None, BeforeValidator(_seconds_of)]
+def _schema(example): return WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}], "examples": [example]})
+
+
+Bytes = Annotated[int | None, BeforeValidator(_bytes_of), _schema("1GB")]
+Seconds = Annotated[float | None, BeforeValidator(_seconds_of), _schema("10m")]
 Status = Literal["ok", "error", "oom_ram", "oom_gpu", "timeout"]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,79}\Z")
 
@@ -95,6 +98,7 @@ class Experiment(_Strict):
     runs_per_config: int | None = Field(None, ge=1)  # None: the settings'
     max_retries: int | None = Field(None, ge=0)
     memory_limit: Bytes = None
+    device_memory: Bytes = None  # What a run takes on the graphics card, as far as is known before the first one ran
     timeout: Seconds = None
     background: Background | None = None
     downscale: Downscale | None = None
@@ -119,6 +123,7 @@ class BatchSpec(_Strict):
     "Everything that a batch is to do"
     name: str
     experiments: list[Experiment] = Field(min_length=1)
+    schema_: str | None = Field(None, alias="$schema", exclude=True)  # For editors that complete what is typed
     runs_per_config: int = Field(1, ge=1)
     max_retries: int = Field(0, ge=0)
     memory_limit: Bytes = None  # Of each run; None: the batch's memory divided by its jobs
@@ -148,6 +153,11 @@ class BatchSpec(_Strict):
     def from_file(cls, path: str | Path) -> "BatchSpec":
         "Read a JSON or YAML file; paths of notebooks are relative to here"
         return _read_spec(cls, Path(path))
+
+    @classmethod
+    def schema_json(cls) -> str:
+        "The JSON schema of settings files, as `batch.schema.json` has it"
+        return json.dumps(cls.model_json_schema(by_alias=True), indent=1)
 
     def digest(self) -> str:
         "Equal for settings that mean the same"
@@ -186,6 +196,7 @@ class RunSpec:
     stage: int
     max_retries: int
     memory_limit: int | None  # In bytes
+    device_memory: int | None  # In bytes
     timeout_s: float | None
     expect: str
     background: dict | None
@@ -247,7 +258,8 @@ def _runs_of(spec, i, e, texts, seen):
         number, seen[about] = seen[about], seen[about] + 1
         yield RunSpec(
             _digest([about, number]), e.title, str(e.notebook), parameters, number, stage,
-            spec.max_retries if e.max_retries is None else e.max_retries, e.memory_limit or spec.memory_limit, e.timeout or spec.timeout, e.expect,
+            spec.max_retries if e.max_retries is None else e.max_retries, e.memory_limit or spec.memory_limit, e.device_memory,
+            e.timeout or spec.timeout, e.expect,
             e.background and e.background.model_dump(mode="json"), e.downscale and e.downscale.model_dump(),
         )
 

@@ -8,7 +8,6 @@ __all__ = ['METRICS', 'CHEAP', 'TARGETS', 'WGANConfig', 'gradient_penalty', 'Cri
 
 # %% ../nbs/25_wgan.ipynb #07782025
 import copy
-import difflib
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from . import metrics, mixture
 from .checkpoint import Checkpoints, load_checkpoint, read_about, write_whole
-from .errors import InvalidInput, NotFinite, unknown_name
+from .errors import InvalidInput, NotFinite, invalid_field, unknown_name
 from .memory import MemoryMonitor, read_limit, read_memory
 from .networks import BoundedGenerator, Critic, DirectGenerator, GaussianGenerator, ResidualGenerator, sign_loss, sign_reward
 from .noise import ClassicalNoise, MapNoise, QuantumNoise, QuantumShadowNoise, seed_streams
@@ -80,7 +79,7 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def __init__(self, **settings):
         try: super().__init__(**settings)
-        except ValidationError as error: raise InvalidInput(_explain(error, type(self).model_fields)) from None
+        except ValidationError as error: raise invalid_field(error, type(self).model_fields) from None
 
     @field_validator("memory_limit")
     @classmethod
@@ -136,18 +135,6 @@ _PROFILES = {
     "16GB": dict(noise="quantum", n_qubits=6, n_layers=3, batch_size=32),
     "fast": dict(noise="normal", epochs=30, n_critic=2, hidden=(128, 128), critic_hidden=(128, 128), metrics_every=5),
 }
-
-# %% ../nbs/25_wgan.ipynb #483037b0
-def _explain(error, names):
-    "The first mistake in one line; an unknown field names the nearest of `names`, a model's fields"
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        return f"there is no field {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(names)}")
-    if first["type"] == "literal_error": return str(unknown_name(name, first["input"], get_args(names[name].annotation)))
-    what = first["msg"].removeprefix("Value error, ")
-    return f"{name}: {what}, not {first['input']!r}" if name and first["type"] != "value_error" else f"{name}: {what}" if name else what
 
 # %% ../nbs/25_wgan.ipynb #ea400479
 def _adam(parameters, learning_rate): return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.5, 0.9), fused=True)

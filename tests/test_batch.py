@@ -129,7 +129,7 @@ def test_a_run_is_told_its_own_folder(notebook, tmp_path):
 
 def test_an_executor_that_loses_its_worker(notebook, tmp_path):
     result, tasks = batch(spec_of(notebook(), experiment={"grid": {"size": [1]}}), tmp_path, lambda *_: RuntimeError("worker died"))
-    assert result.rows[0]["status"] == "lost" and result.rows[0]["run_error"] == "RuntimeError: worker died" and len(tasks) == 4
+    assert result.rows[0]["status"] == "lost" and result.rows[0]["run_error"] == "RuntimeError: worker died" and len(tasks) == 6
     assert result.exit_code == 1 and "1 lost" in str(result)
 
 
@@ -144,7 +144,7 @@ def test_a_finished_batch_is_told_again_and_new_starts_afresh(notebook, tmp_path
     spec = spec_of(notebook())
     first, tasks = batch(spec, tmp_path, lambda *_: {"status": "ok"})
     again, none = batch(spec, tmp_path, lambda *_: {"status": "ok"})
-    fresh, anew = batch(spec, tmp_path, lambda *_: {"status": "ok"}, new=True)
+    fresh, anew = batch(spec, tmp_path, lambda *_: {"status": "ok"}, resume=False)
     assert (len(tasks), len(none), len(anew)) == (3, 0, 3) and again.rows == first.rows and again.folder == first.folder != fresh.folder
     table = pd.read_csv(first.folder / "summary.csv")
     assert list(table.columns[:4]) == ["size", "training_success", "status", "attempts"] and len(table) == 3
@@ -167,9 +167,35 @@ def test_stages_wait_for_each_other(notebook, tmp_path):
 def test_learned_peaks_let_more_runs_in(notebook):
     run = expand(spec_of(notebook()))[0]
     admission = _Admission(10**9)
-    assert admission.predict(run) == 200 * 10**6
-    for peak in (30, 40): admission.learn(run, {"status": "ok", "run_peak_bytes": peak * 10**6})
-    assert admission.predict(run) == 50 * 10**6 and admission.admits(run, [940 * 10**6]) and not admission.admits(run, [960 * 10**6])
+    assert admission.predict(run) == (200 * 10**6, 0)
+    for peak in (30, 40): admission.learn(run, {"status": "ok", "run_peak_bytes": peak * 10**6, "run_device_bytes": None})
+    assert admission.predict(run) == (50 * 10**6, 0) and admission.admits(run, [(940 * 10**6, 0)]) and not admission.admits(run, [(960 * 10**6, 0)])
+    admission.learn(run, {"status": "ok", "run_peak_bytes": 90 * 10**6, "run_device_bytes": None})  # They differ too much to be believed
+    assert admission.predict(run) == (200 * 10**6, 0)
+
+
+def test_a_graphics_card_is_shared_by_what_is_declared_and_learned(notebook, monkeypatch):
+    free = [10 * 10**9]
+    monkeypatch.setattr("gausssafe.batch.device_left_bytes", lambda: free[0])
+    run = expand(spec_of(notebook(), experiment={"device_memory": "4GB"}))[0]
+    admission = _Admission(10**9, free[0])
+    assert admission.predict(run)[1] == 4 * 10**9
+    assert admission.admits(run, [(10**6, 6 * 10**9)]) and not admission.admits(run, [(10**6, 7 * 10**9)])
+    admission.learn(run, {"status": "ok", "run_peak_bytes": 10**6, "run_device_bytes": 6 * 10**9})
+    assert admission.predict(run)[1] == 7.5 * 10**9 and not admission.admits(run, [(10**6, 3 * 10**9)])
+    free[0] = 10**9  # Somebody else took the card
+    assert not admission.admits(run, [(10**6, 0)]) and admission.admits(run, [])  # When nothing runs, waiting would be for ever
+    assert _Admission(10**9, None).admits(run, [(10**6, 0)])
+
+
+def test_more_of_the_card_than_there_is_is_refused(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr("gausssafe.batch.device_left_bytes", lambda: 10**9)
+    with pytest.raises(InvalidInput, match="in asks for 4.00 GB of the graphics card, and 1.00 GB are free"):
+        batch(spec_of(notebook(), experiment={"device_memory": "4GB"}), tmp_path, lambda *_: {"status": "ok"})
+
+
+def test_the_published_schema_is_that_of_the_code():
+    assert json.loads((Path(__file__).parent.parent / "nbs/batch.schema.json").read_text()) == json.loads(BatchSpec.schema_json())
 
 
 def test_a_run_too_large_for_the_batch_is_refused_before_anything_starts(notebook, tmp_path):
@@ -205,8 +231,9 @@ def test_a_journal_cut_anywhere_says_what_is_left(tmp_path_factory, events, cut)
             journal.append(event="end", key=state.run.key, attempts=state.attempts, lost=state.lost, row=row, again=again, scaled=False)
             if again is None: state.row = row
     found = _replay(runs, read_journal(folder / "j.jsonl"))
-    assert {k: (s.attempts, s.lost, s.row and s.row["status"]) for k, s in found.items()} == {
-        k: (s.attempts, s.lost, s.row and s.row["status"]) for k, s in live.items()}
+    def about(state): return (state.attempts, 0, None) if state.row and state.row["status"] == "lost" else (
+        state.attempts, state.lost, state.row and state.row["status"])
+    assert {k: about(s) for k, s in found.items()} == {k: about(s) for k, s in live.items()}
     whole = (folder / "j.jsonl").read_bytes()
     (folder / "j.jsonl").write_bytes(whole[:max(0, len(whole) - cut)])
     kept = read_journal(folder / "j.jsonl")

@@ -33,7 +33,7 @@ def result(): return train()
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(epoch=3), "there is no field 'epoch': did you mean 'epochs'?"),
     (dict(lerning_rate=1e-3), "there is no field 'lerning_rate': did you mean 'learning_rate'?"),
-    (dict(zzz=1), "there is no field 'zzz'; the fields are noise, n_qubits, "),
+    (dict(zzz=1), "there is no field 'zzz'; there are noise, n_qubits, "),
     (dict(noise="quantom"), "there is no noise 'quantom': did you mean 'quantum'?"),
     (dict(noise="zzz"), "there is no noise 'zzz'; there are normal, uniform, quantum, shadow, map"),
     (dict(generator="gausian"), "there is no generator 'gausian': did you mean 'gaussian'?"),
