@@ -214,8 +214,8 @@ class BatchResult:
 
     def __str__(self):
         counts = Counter(row["status"] for row in self.rows)
-        left = self.n_runs - len(self.rows)
-        told = ", ".join(f"{n} {status}" for status, n in counts.most_common()) + (f", {left} not run" if left else "")
+        counts["not run"] = self.n_runs - len(self.rows)
+        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         return f"{len(self.rows)} of {self.n_runs} runs: {told}. {self.folder}/summary.csv"
 
 # %% ../nbs/65_batch.ipynb #03658f37
@@ -348,7 +348,8 @@ def _new_folder(results, spec):
     for name in itertools.chain([stamp], (f"{stamp}_{i}" for i in itertools.count(2))):
         with suppress(FileExistsError):
             try: (results / name).mkdir()
-            except PermissionError as error: raise InvalidInput(f"cannot write {results}: {error.strerror}") from None
+            except FileExistsError: raise
+            except OSError as error: raise InvalidInput(f"cannot write {results}: {error.strerror}") from None
             settings = {"digest": spec.digest(), "settings": json.loads(spec.model_dump_json())}
             write_whole(results / name / "settings.json", json.dumps(settings, indent=1))
             return results / name
@@ -391,7 +392,10 @@ def run_batch(
         states = _replay(runs, read_journal(folder / "journal.jsonl"))
         batch = _Batch(folder, journal, states, _Admission(budget, device_left_bytes()), common)
         if resume: _take_over(batch, results)
-        interrupted = _loop(batch, pool, jobs, progress)
+        try: interrupted = _loop(batch, pool, jobs, progress)
+        except OSError:  # A disk is full, or gone: what runs would end in vain
+            _stop(batch)
+            raise
         batch.write(now=True)
     return BatchResult(folder, batch.rows, len(runs), interrupted)
 
@@ -427,7 +431,7 @@ def _loop(batch, pool, jobs, progress):
             except KeyboardInterrupt:
                 if interrupted: return _stop(batch)
                 interrupted = True
-                print(f"\nfinishing {len(batch.running)} runs; Ctrl-C again stops them", file=sys.stderr, flush=True)
+                print(f"\nfinishing what runs ({len(batch.running)}); Ctrl-C again stops it", file=sys.stderr, flush=True)
     return interrupted
 
 

@@ -15,20 +15,25 @@ from pathlib import Path
 
 import click
 
+from .errors import DiskFull
 from .units import format_bytes, format_duration, parse_bytes, parse_duration
 
 # %% ../nbs/71_cli.ipynb #92b41c4e
 class _OneLine(click.ClickException):
-    exit_code = 2
+    def __init__(self, error, exit_code):
+        super().__init__(str(error))
+        self.exit_code = exit_code
+
     def show(self, file=None): click.echo(f"gausssafe: {self.format_message()}", err=True)
 
 
 def _plain_errors(command):
-    "Turn what a person mistyped into one line and exit code 2"
+    "Turn what a person mistyped into one line and exit code 2, a full disk into one line and exit code 1"
     @wraps(command)
     def wrapped(*args, **kwargs):
         try: return command(*args, **kwargs)
-        except ValueError as error: raise _OneLine(str(error)) from None
+        except ValueError as error: raise _OneLine(error, 2) from None
+        except DiskFull as error: raise _OneLine(error, 1) from None
     return wrapped
 
 # %% ../nbs/71_cli.ipynb #e424d3f8
@@ -300,8 +305,8 @@ def batch(settings, results, jobs, memory, warm, dry_run, resume, yes, as_json, 
         for run in expand(spec, allow_many=yes): click.echo(f"{run.folder}  {json.dumps(run.parameters)}")
         return
     result = run_batch(spec, results, jobs=jobs, memory=memory, warm=warm, resume=resume, allow_many=yes, progress=not quiet and sys.stderr.isatty())
-    if result.rows: _report(result.folder)
-    click.echo(result.table.to_json(orient="records", indent=1) if as_json else f"{result}\nreport    {result.folder}/report.html")
+    page = _report(result.folder) if result.rows else None
+    click.echo(result.table.to_json(orient="records", indent=1) if as_json else f"{result}" + (f"\nreport    {page}" if page else ""))
     sys.exit(result.exit_code)
 
 

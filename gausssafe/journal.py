@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from .errors import InvalidInput
+from .files import told_of_full_disk
 
 # %% ../nbs/64_journal.ipynb #6fca17df
 class Journal:
@@ -19,7 +20,8 @@ class Journal:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.file = self.path.open("a+b")
+        try: self.file = self.path.open("a+b")
+        except OSError as error: raise InvalidInput(f"cannot write {self.path}: {error.strerror}") from None
         try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
@@ -34,9 +36,11 @@ class Journal:
 
     def append(self, **entry):
         "Write a line; when this returns the disk has it"
-        self.file.write(json.dumps(entry, default=str).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        line = json.dumps(entry, default=str).encode() + b"\n"
+        with told_of_full_disk(self.path, len(line)):
+            self.file.write(line)
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self): self.file.close()
 

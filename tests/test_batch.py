@@ -1,9 +1,11 @@
 "Batches: what the settings say, what is on disk after a kill, what is never run twice"
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gausssafe.batch import _Admission, _again, _replay, _row, _State, run_batch
-from gausssafe.errors import InvalidInput
+from gausssafe.errors import DiskFull, InvalidInput
 from gausssafe.journal import Journal, read_journal
 from gausssafe.report import write_report
 from gausssafe.settings import BatchSpec, Mutation, expand
@@ -242,7 +244,63 @@ def test_a_journal_cut_anywhere_says_what_is_left(tmp_path_factory, events, cut)
     assert read_journal(folder / "j.jsonl") == [*kept, {"event": "start", "key": "x"}]
 
 
+# Disks
+
+def test_a_results_folder_that_cannot_be_written(notebook, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cannot write .*file/results: Not a directory"):
+        run_batch(spec_of(notebook()), tmp_path / "file/results", memory="1GB")
+    result, _ = batch(spec_of(notebook()), tmp_path, lambda *_: {"status": "ok"})
+    (result.folder / "journal.jsonl").unlink()
+    (result.folder / "journal.jsonl").mkdir()
+    with pytest.raises(InvalidInput, match="cannot write .*journal.jsonl: Is a directory"):
+        batch(spec_of(notebook()), tmp_path, lambda *_: {"status": "ok"})
+
+
+@pytest.mark.parametrize("n_good", range(1, 9))
+def test_a_disk_that_fills_up_stops_the_batch_and_loses_nothing(notebook, tmp_path, monkeypatch, n_good):
+    "The n-th write finds no room; when there is room again, the same call goes on"
+    spec, really, left = spec_of(notebook()), os.fsync, [n_good]
+
+    def fsync(fd):
+        left[0] -= 1
+        if left[0] < 0: raise OSError(errno.ENOSPC, "No space left on device")
+        really(fd)
+    monkeypatch.setattr(os, "fsync", fsync)
+    done = []
+    def answer(task, _): done.append(task["parameters"]["size"]); return {"status": "ok"}
+    with pytest.raises(DiskFull, match="Nothing that was saved is lost"): batch(spec, tmp_path, answer)
+    left[0] = 10**6
+    result, _ = batch(spec, tmp_path, answer)
+    assert sorted(row["size"] for row in result.rows) == [1, 2, 3] and result.exit_code == 0
+    ends = [e["key"] for e in read_journal(result.folder / "journal.jsonl") if e["event"] == "end"]
+    assert len(ends) == len(set(ends)) == 3 and len(done) <= 5  # One that ended unwritten, and one that had begun beside it, are run again
+
+
 # For real
+
+def interrupt(process, times):
+    for _ in range(times):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_finishes_what_runs_and_twice_stops_it(notebook, tmp_path, times):
+    page = {"name": "long", "memory_limit": "300MB", "experiments": [{
+        "notebook": notebook(f"open({str(tmp_path / 'started')!r}, 'a').close()", WORK), "grid": {"size": [1, 2, 3]}, "parameters": {"seconds": 3}}]}
+    (tmp_path / "s.json").write_text(json.dumps(page))
+    command = [COMMAND, "batch", tmp_path / "s.json", "--results", tmp_path / "results", "--memory", "400MB", "-q", "--warm", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline: time.sleep(0.05)
+    interrupt(process, times)
+    told, warned = process.communicate(timeout=60)
+    assert process.returncode == 130 and "finishing what runs (1); Ctrl-C again stops it" in warned
+    assert ("1 of 3 runs: 1 ok, 2 not run" if times == 1 else "0 of 3 runs: 3 not run") in told
+    assert not alive(str(tmp_path))
+
 
 def alive(marker): return [p.pid for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
 
@@ -282,6 +340,29 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(notebook, tmp_path):
     assert "3 of 3 runs: 3 ok" in done.stdout and (folder / "report.html").exists()
     again = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert again.returncode == 0 and len(json.loads(again.stdout)) == 3
+
+
+def test_a_cluster_that_loses_a_worker(notebook, tmp_path):
+    "Dask: a worker is killed in the middle of a run; another one takes the run over, and nothing is left behind"
+    distributed = pytest.importorskip("distributed")
+    options = dict(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=None)
+    with distributed.LocalCluster(**options) as cluster, cluster.get_client() as client:
+        started = tmp_path / "started"
+        path = notebook(f"from pathlib import Path\nPath({str(started)!r}).touch()", WORK)
+        spec = spec_of(path, experiment={"grid": {"size": [1, 2]}, "parameters": {"seconds": 2}})
+        victim = min(client.run(os.getpid).values())
+
+        def shoot():
+            while not started.exists(): time.sleep(0.05)
+            os.kill(victim, signal.SIGKILL)
+        shooter = threading.Thread(target=shoot, daemon=True)
+        shooter.start()
+        result = run_batch(spec, tmp_path / "results", client.get_executor(), memory="1GB")
+        shooter.join()
+        assert [row["status"] for row in result.rows] == ["ok", "ok"] and victim not in client.run(os.getpid).values()
+    deadline = time.monotonic() + 20
+    while alive(str(tmp_path)) and time.monotonic() < deadline: time.sleep(0.1)
+    assert not alive(str(tmp_path))
 
 
 @pytest.mark.parametrize("arguments, text", [
