@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ CASES = [  # name, circuit, qubits, layers, batch, group
 ]
 # Qubits past which a step, or compiling it, takes minutes
 TOO_LARGE = {"loop": 6, "broadcasting": 14, "device": 14, "pyqtorch": 14, "jax": 8, "tensorcircuit": 14}
+MOST_BYTES = 12 * 10**9  # Of a peer, where its memory is measured
 COLOURS = {"ours": "#0072B2", "device": "#56B4E9", "loop": "#999999", "broadcasting": "#D55E00", "pyqtorch": "#E69F00", "jax": "#009E73",
            "tensorcircuit": "#CC79A7"}
 TITLES = {"ours": "ours", "device": "ours, as a PennyLane device", "loop": "PennyLane loop", "broadcasting": "PennyLane broadcasting",
@@ -372,7 +374,8 @@ def peak_bytes():
 
 
 def one_step(peer, kind, n, layers, batch):
-    "In a process of its own: prints the rise of the peak"
+    "In a process of its own, which ends rather than take the machine down: prints the rise of the peak"
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     step = PEERS[peer](kind, n, layers)
     step(*next(draws(kind, n, layers, 2)))
     before = peak_bytes()

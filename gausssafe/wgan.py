@@ -63,6 +63,7 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     n_points: int = Field(20_000, ge=2)  # Drawn from the target; a file is taken whole
     n_train: int = Field(16_000, ge=1)  # Of which to train on (of a file, the same share); the rest is what the metrics compare with
     n_validation: int = Field(500, ge=20)  # Generated for the metrics
+    precision: Literal["float32", "bfloat16"] = "float32"  # Of the products inside the networks; half the time where the processor has bfloat16
     n_threads: int = Field(1, ge=1)  # Torch's, while it trains: they change the last digits, and nets of this size gain little from more
     metrics: tuple[str, ...] | None = Field(None, strict=False)  # Of `metrics.METRICS`; None for those of the reports that the target allows
     metrics_every: int = Field(1, ge=1)  # Epochs from one full measurement to the next, the last included; in between, the cheap ones
@@ -161,7 +162,7 @@ def gradient_penalty(
 
 # %% ../nbs/25_wgan.ipynb #ede73fcf
 class _CriticPass:
-    "Activations and slopes of the points fake, data and between, one below the other, in a workspace"
+    "Activations and slopes of the points fake, data and between, one below the other, in a workspace of the body's precision"
 
     def __init__(self, critic, batch_size):
         layers = [module for module in critic.body if isinstance(module, torch.nn.Linear)]
@@ -169,7 +170,10 @@ class _CriticPass:
         self.W, self.b, self.w, self.n = [layer.weight for layer in layers], [layer.bias for layer in layers], critic.head.weight, batch_size
         for parameter in critic.parameters(): parameter.grad = torch.zeros_like(parameter)
         widths = [self.W[0].shape[1], *(len(W) for W in self.W)]
-        self.z, self.a, self.u = ([self.w.new_empty(3 * batch_size, width) for width in widths[skip:]] for skip in (1, 0, 1))
+        dtype = critic.body.dtype or self.w.dtype
+        self.z, self.a, self.u = ([self.w.new_empty(3 * batch_size, width, dtype=dtype) for width in widths[skip:]] for skip in (1, 0, 1))
+        self.a[0] = self.a[0].to(self.w.dtype)
+        self.dtypes = [a.dtype for a in self.a[:-1]]  # Of the layers' products: the first takes coordinates
 
     def bend(self, value, like, out):
         "Multiply by d: 1 or the leak, by the sign of `like`"
@@ -177,22 +181,30 @@ class _CriticPass:
 
     def up(self):
         "Fill z and a. Mean score of the fake less that of the data, and its gradient in the head"
-        for W, b, z, a, below in zip(self.W, self.b, self.z, self.a[1:], self.a, strict=False):
-            torch.addmm(b, below, W.T, out=z)
+        self.V = [W.to(dtype) for W, dtype in zip(self.W, self.dtypes, strict=True)]
+        for V, b, z, a, below in zip(self.V, self.b, self.z, self.a[1:], self.a, strict=False):
+            _into(z, torch.addmm, b.to(V.dtype), below, V.T)
             torch.ops.aten.leaky_relu.out(z, self.leak, out=a)
         top = self.a[-1]
-        self.w.grad[0] = (top[:self.n].sum(0) - top[self.n:2 * self.n].sum(0)) / self.n
+        self.w.grad[0] = (self.total(top[:self.n]) - self.total(top[self.n:2 * self.n])) / self.n
         return self.w.grad[0] @ self.w[0]
 
     def down(self):
         "Fill u, the last without the head's factor. Slopes at the points between, (batch, d)"
-        self.bend(self.w.new_ones(()), self.z[-1], self.u[-1])
+        self.bend(self.z[-1].new_ones(()), self.z[-1], self.u[-1])
         for k in range(len(self.W) - 1, 0, -1):
             torch.mm(self.u[k], self._with_head(k), out=self.u[k - 1])
             self.bend(self.u[k - 1], self.z[k - 1], self.u[k - 1])
-        return self.u[0][2 * self.n:] @ self._with_head(0)
+        return self.u[0][2 * self.n:].to(self.w.dtype) @ self._with_head(0)
 
-    def _with_head(self, k): return self.W[k] * self.w.T if k == len(self.W) - 1 else self.W[k]
+    def total(self, x): return x.sum(0, dtype=self.w.dtype)
+
+    def _with_head(self, k): return (self.W[k] * self.w.T).to(self.dtypes[k]) if k == len(self.W) - 1 else self.V[k]
+
+
+def _into(out, product, *factors):
+    "A product in the precision of its factors, kept in that of `out`"
+    return product(*factors, out=out) if out.dtype == factors[-1].dtype else out.copy_(product(*factors))
 
 # %% ../nbs/25_wgan.ipynb #14aa5d02
 class CriticStep(_CriticPass):
@@ -224,20 +236,20 @@ class CriticStep(_CriticPass):
     def _send_up(self, rise):
         "The penalty's gradient with respect to the slopes, through the layers"
         self.a[0][2 * self.n:] = rise
-        for W, z, a, below in zip(self.W[:-1], self.z, self.a[1:], self.a, strict=False):
-            rise = torch.mm(below[2 * self.n:], W.T, out=a[2 * self.n:])
+        for V, z, a, below in zip(self.V[:-1], self.z, self.a[1:], self.a, strict=False):
+            rise = _into(a[2 * self.n:], torch.mm, below[2 * self.n:], V.T)
             self.bend(rise, z[2 * self.n:], rise)
 
     def _layer(self, k):
         "Gradients of weights and biases; at the last layer also the head's share of the penalty"
-        n, W, b, u, right = self.n, self.W[k], self.b[k], self.u[k], self.a[k]
+        n, W, b, u, right = self.n, self.W[k], self.b[k], self.u[k].to(self.dtypes[k]), self.a[k]
         right[:n] /= n
         right[n:2 * n] /= -n
-        torch.sub(u[:n].sum(0), u[n:2 * n].sum(0), out=b.grad).div_(n)
-        if k < len(self.W) - 1: torch.mm(u.T, right, out=W.grad); return
-        torch.mm(u[2 * n:].T, right[2 * n:], out=W.grad)
+        torch.sub(self.total(u[:n]), self.total(u[n:2 * n]), out=b.grad).div_(n)
+        if k < len(self.W) - 1: W.grad.copy_((right.T @ u).T); return  # the other way round would take six times as long where right is narrow
+        W.grad.copy_(u[2 * n:].T @ right[2 * n:])
         self.w.grad[0] += (W * W.grad).sum(1)
-        W.grad.addmm_(u[:2 * n].T, right[:2 * n]).mul_(self.w.T)
+        W.grad.add_(u[:2 * n].T @ right[:2 * n]).mul_(self.w.T)
         b.grad *= self.w[0]
 
 # %% ../nbs/25_wgan.ipynb #fe595f30
@@ -350,8 +362,9 @@ class _Training:
         self.mixture = make_target(config, data)
         self.real, self.held_out = _split(config, self.mixture, seeds["data"])
         self.gan, d = GAN(config, self.mixture), self.mixture.n_features
-        self.averaged = copy.deepcopy(self.gan)
+        self.averaged = copy.deepcopy(self.gan)  # What is measured, always in float32
         self.critic = Critic(d, hidden=config.critic_hidden, generator=_torch_generator(seeds["critic"]))
+        for net in (self.gan.generator, self.critic): net.body.dtype = None if config.precision == "float32" else torch.bfloat16
         self.critic_gradient = CriticStep(self.critic, config.batch_size, config.gradient_penalty)
         self.predictor = Critic(d, hidden=config.predictor_hidden, generator=_torch_generator(seeds["predictor"])) if config.killer else None
         self.players = {"gan": self.gan, "critic": self.critic} | ({"predictor": self.predictor} if config.killer else {})
