@@ -417,7 +417,7 @@ def largest_part(options, _):
             status = run_guarded(command, memory_limit="1GB", timeout_s=120)
             done = status["reason"] == "exited" and status["exit_code"] == 0
             why = f"{status['reason']} at n = {n}" + ("" if status["reason"] != "exited" else f", exit {status['exit_code']}")
-            found[peer] = {"n": n if done else n - 2, "stopped_by": None if done else why}
+            found[peer] = {"n": n if done else found.get(peer, {}).get("n"), "stopped_by": None if done else why}
             if not done:
                 break
         print(TITLES[peer], found[peer], flush=True)
