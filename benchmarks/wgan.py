@@ -22,6 +22,7 @@ from metrics import machine, process_bytes
 
 REPORTS = dict(n_points=20_000, n_train=16_000, batch_size=256, hidden=(256, 256), critic_hidden=(256, 256), n_critic=5)
 NOISES = ("normal", "uniform", "quantum", "shadow")
+KINDS = {**{noise: dict(noise=noise) for noise in NOISES}, "bfloat16": dict(noise="normal", precision="bfloat16")}
 
 
 class PlainLoop:
@@ -72,19 +73,19 @@ def time_epochs(repeats):
     from gausssafe import wgan
     torch.set_num_threads(1)
     config = wgan.WGANConfig(noise="normal", **REPORTS)
-    plain, others = PlainLoop(config), {noise: wgan._Training(wgan.WGANConfig(noise=noise, **REPORTS)) for noise in NOISES}
+    plain, others = PlainLoop(config), {kind: wgan._Training(wgan.WGANConfig(**changes, **REPORTS)) for kind, changes in KINDS.items()}
     judges = {noise: wgan._Judge(training) for noise, training in others.items()}
-    taken = {"plain, training": [], **{f"{noise}, {part}": [] for noise in NOISES for part in ("training", "metrics")}}
+    taken = {"plain, training": [], **{f"{noise}, {part}": [] for noise in KINDS for part in ("training", "metrics")}}
     for repeat in range(repeats + 1):
-        for name, call in [("plain, training", plain.epoch), *((f"{noise}, training", others[noise].epoch) for noise in NOISES),
-                           *((f"{noise}, metrics", lambda judge=judges[noise]: judge.scores(judge.samples())) for noise in NOISES)]:
+        for name, call in [("plain, training", plain.epoch), *((f"{noise}, training", others[noise].epoch) for noise in KINDS),
+                           *((f"{noise}, metrics", lambda judge=judges[noise]: judge.scores(judge.samples())) for noise in KINDS)]:
             started = time.process_time()
             call()
             if repeat: taken[name].append(time.process_time() - started)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def time_run(n_threads, epochs, out_dir=None):
+def time_run(n_threads, epochs, out_dir=None, precision="float32"):
     "A whole run: seconds, peak above the imports, bytes kept"
     import scipy.optimize
     import scipy.spatial  # noqa: F401
@@ -92,27 +93,28 @@ def time_run(n_threads, epochs, out_dir=None):
     from gausssafe.wgan import WGANConfig, train_wgan
     Path("/proc/self/clear_refs").write_text("5")
     before = process_bytes("VmRSS")
-    result = train_wgan(WGANConfig(noise="normal", epochs=epochs, n_threads=n_threads, out_dir=out_dir, **REPORTS), progress=False)
+    config = WGANConfig(noise="normal", epochs=epochs, n_threads=n_threads, out_dir=out_dir, precision=precision, **REPORTS)
+    result = train_wgan(config, progress=False)
     files = [path for path in Path(out_dir).rglob("*") if path.is_file()] if out_dir else []
     peak_bytes = process_bytes("VmHWM") - before
     return {"seconds": result.seconds, "epoch_seconds": statistics.median(result.history.seconds), "process_bytes": peak_bytes,
             "n_checkpoints": sum(path.suffix == ".safetensors" for path in files), "kept_bytes": sum(path.stat().st_size for path in files)}
 
 
-def quality(noise, seed, epochs):
+def quality(kind, seed, epochs):
     "A trained generator on 20,000 samples, and its floors"
     import torch
 
     from gausssafe import metrics
     from gausssafe.wgan import WGANConfig, train_wgan
-    config = WGANConfig(noise=noise, epochs=epochs, seed=seed, metrics_every=epochs, gradient_penalty=0.1, **REPORTS)
+    config = WGANConfig(epochs=epochs, seed=seed, metrics_every=epochs, gradient_penalty=0.1, **KINDS[kind], **REPORTS)
     result = train_wgan(config, progress=False)
     from gausssafe.mixture import two_gaussians
     known, x = two_gaussians(), torch.from_numpy(result.sample(20_000, seed=1))
     target, modes = metrics.Target(known.sample(20_000, seed=99), source=known), metrics.modes(x, known)
     scores = metrics.measure(("log_likelihood", "wasserstein_axes", "kl_divergence", "sliced_wasserstein", "mmd"), x, target, known)
     shape = {"stds": list(modes["std"]), "widths": list(modes.width), "share": modes.share[0], "inside": modes.inside.sum()}
-    return {"noise": noise, "seed": seed, "seconds": result.seconds, **shape,
+    return {"noise": kind, "seed": seed, "seconds": result.seconds, **shape,
             **{name: {"value": score.value, "stderr": score.stderr, "floor": score.floor} for name, score in scores.items()}}
 
 
@@ -146,15 +148,18 @@ def in_fresh_process(name, *arguments):
 def time_table(found):
     "Markdown"
     seconds, run, rows = found["epochs"], found["run"], []
-    both = {noise: seconds[f"{noise}, training"] + seconds[f"{noise}, metrics"] for noise in NOISES}
+    both = {noise: seconds[f"{noise}, training"] + seconds[f"{noise}, metrics"] for noise in KINDS}
     def row(*cells): rows.append("| " + " | ".join(cells) + " |")
-    row("one epoch, classical, 1 thread", "1.4 s + 20 s of metrics",
-        f"{both['normal']:.2f} s ({seconds['normal, training']:.2f} + {seconds['normal, metrics']:.2f})", "1.35 s")
-    gain = seconds["plain, training"] / seconds["normal, training"]
-    row("training part over the plain loop", f"{seconds['plain, training']:.2f} s", f"{gain:.2f} x faster", "1.15 x")
+    def parts(kind): return f"{both[kind]:.2f} s ({seconds[f'{kind}, training']:.2f} + {seconds[f'{kind}, metrics']:.2f})"
+    row("one epoch, classical, 1 thread", "1.4 s + 20 s of metrics", parts("normal"), "1.35 s")
+    row("the same, bfloat16 inside the networks", "", parts("bfloat16"), "1.35 s")
+    gains = {kind: seconds["plain, training"] / seconds[f"{kind}, training"] for kind in ("normal", "bfloat16")}
+    row("training part over the plain loop", f"{seconds['plain, training']:.2f} s", f"{gains['normal']:.2f} x faster", "1.15 x")
+    row("the same, bfloat16", "", f"{gains['bfloat16']:.2f} x faster", "")
     for noise in ("quantum", "shadow"):
         row(f"one epoch, {noise} noise, over the classical", "~7 min, without gradients", f"{both[noise] / both['normal']:.2f} x", "1.1 x")
     row(f"{run['epochs']} epochs, 2 threads", "10-20 min", f"{run['two']['seconds']:.1f} s", "35 s")
+    row(f"{run['epochs']} epochs, 2 threads, bfloat16", "", f"{run['low']['seconds']:.1f} s", "35 s")
     row(f"{run['epochs']} epochs, 1 thread", "", f"{run['one']['seconds']:.1f} s", "")
     row("peak above the imports", "13.3 GB", f"{run['one']['process_bytes'] / 1e6:.0f} MB", "150 MB")
     kept, n = run["kept"], run["kept_epochs"]
@@ -186,6 +191,7 @@ def runs(epochs):
     "Whole runs"
     with tempfile.TemporaryDirectory() as folder:
         return {"epochs": epochs, "two": in_fresh_process("run", 2, epochs), "one": in_fresh_process("run", 1, epochs),
+                "low": in_fresh_process("run", 2, epochs, None, "bfloat16"),
                 "kept_epochs": 50, "kept": in_fresh_process("run", 1, 50, folder)}
 
 
@@ -196,7 +202,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quality", action="store_true", help="also train over seeds and judge what came out (a quarter of an hour)")
-    parser.add_argument("--noises", nargs="*", default=["normal", "quantum", "shadow"])
+    parser.add_argument("--noises", nargs="*", default=["normal", "bfloat16", "quantum", "shadow"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wgan.json"))
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
