@@ -644,6 +644,7 @@ def _become(command, marks, guard_pid, niceness, group):
     if group: group.enter()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if not callable(command): os.execvpe(command[0], command, os.environ | marks)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ): signal.signal(number, signal.SIG_IGN)  # as a Python that starts
     _show(marks)
     os.environ.update(marks)
     command()
