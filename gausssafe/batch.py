@@ -31,7 +31,7 @@ from .provisioner import prepare_kernel
 from .runner import run_notebook
 from .settings import BatchSpec, RunSpec, expand
 from .units import format_bytes
-from .warm import close_warm, spawn_warm
+from .warm import close_warm, spawn_warm, stop_imports
 
 # %% ../nbs/65_batch.ipynb #f0dfc26c
 def _child(warm=False):
@@ -438,8 +438,10 @@ def _loop(batch, pool, jobs, progress):
 def _stop(batch):
     "End all runs of this machine; they are as if they had not been started"
     for future in batch.running: future.cancel()
-    for process in list(_RUNNING): _end(process)
-    wait(batch.running, timeout=10)
+    deadline_s = time.monotonic() + 10
+    stop_imports()
+    while wait(batch.running, timeout=0.05).not_done and time.monotonic() < deadline_s:
+        for process in list(_RUNNING): _end(process)  # also of a run that was about to start
     return True
 
 

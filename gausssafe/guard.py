@@ -420,7 +420,7 @@ def mapped_segments(
 
 def _segments():
     "Our user's files in /dev/shm: inode by name"
-    try: entries = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir("/dev/shm")]
+    try: entries = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir("/dev/shm") if entry.is_file(follow_symlinks=False)]
     except OSError: return {}
     return {name: stat.st_ino for name, stat in entries if stat.st_uid == os.getuid()}
 
@@ -644,6 +644,7 @@ def _become(command, marks, guard_pid, niceness, group):
     if group: group.enter()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if not callable(command): os.execvpe(command[0], command, os.environ | marks)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ): signal.signal(number, signal.SIG_IGN)  # as a Python that starts
     _show(marks)
     os.environ.update(marks)
     command()
@@ -995,7 +996,9 @@ def clear_segments(
     older_than_s: float = 60,  # Seconds since the last write
 ) -> list[dict]:  # What was removed, as `find_segments` tells it
     "Remove our user's shared memory that nobody uses any more"
-    found = find_segments(older_than_s)
-    for entry in found:
-        with suppress(OSError): os.unlink(f"/dev/shm/{entry['name']}")
-    return found
+    removed = []
+    for entry in find_segments(older_than_s):
+        with suppress(OSError):
+            os.unlink(f"/dev/shm/{entry['name']}")
+            removed.append(entry)
+    return removed

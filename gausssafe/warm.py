@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'reseed', 'keep_only', 'why_not_fork', 'serve', 'WarmProcess', 'restore_threads', 'WarmParent', 'spawn_warm',
-           'close_warm', 'Sleeper', 'Child']
+           'stop_imports', 'close_warm', 'Sleeper', 'Child']
 
 # %% ../nbs/57_warm.ipynb #abe5f674
 import gc
@@ -21,7 +21,6 @@ import time
 import traceback
 import warnings
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/57_warm.ipynb #1dc512f7
@@ -86,14 +85,39 @@ def why_not_fork(
     return f"a forked child that computes did not end within {patience_s:.0f} seconds"
 
 # %% ../nbs/57_warm.ipynb #2c7f12ff
+_LONGEST = 2**16  # Characters of a message
 _SEQPACKET = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
 
 
 def _import_all(names):
     for name in names:
         try: importlib.import_module(name)
-        except Exception as error: return f"import {name}: {type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error: return f"import {name}: {type(error).__name__}: {error}"
     return ""
+
+
+def _surroundings():
+    "What imports should leave alone, as a fork would inherit it, or lose it: the directory, open files, who hears of dead children"
+    if not sys.platform.startswith("linux"): return {}
+    found = {"the working directory": os.getcwd(), "the handler of SIGCHLD": signal.getsignal(signal.SIGCHLD)}
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError): found[f"file descriptor {fd}"] = os.readlink(f"/proc/self/fd/{fd}")
+    return {name: value for name, value in found.items() if not str(value).startswith(("/dev/", "anon_inode:"))}
+
+
+def _what_changed(before):
+    name = next((name for name, value in _surroundings().items() if before.get(name) != value), None)
+    return name and f"its imports changed {name} ({_surroundings()[name]})"
+
+
+def _own_files():
+    "What was imported from elsewhere than Python and its packages"
+    theirs = (os.path.dirname(os.__file__), *_packages())
+    files = {getattr(module, "__file__", None) for module in [*sys.modules.values()]}
+    return sorted(os.path.abspath(file) for file in files if file and not file.startswith(theirs))
+
+
+def _packages(): return [path for path in sys.path if path.endswith("-packages")]
 
 
 class _Server:
@@ -106,16 +130,20 @@ class _Server:
         for end in (wake, written): os.set_blocking(end, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        while True:
-            ready = select.select([self.control, wake], [], [])[0]
+        heard = [self.control]
+        while heard or self.exits:  # children outlive the wish for more of them, and their ends are still told
+            ready = select.select([*heard, wake], [], [])[0]
             if wake in ready: self.collect(wake)
-            if self.control in ready and not self.serve(): return
+            if self.control in ready and not self.serve(): heard = []
 
     def collect(self, wake):
         os.read(wake, 4096)
         with suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                with os.fdopen(self.exits.pop(found[0]), "w") as pipe, suppress(OSError): pipe.write(str(os.waitstatus_to_exitcode(found[1])))
+                if found[0] in self.exits: self.tell(*found)  # else a module started it
+
+    def tell(self, pid, status):
+        with os.fdopen(self.exits.pop(pid), "w") as pipe, suppress(OSError): pipe.write(str(os.waitstatus_to_exitcode(status)))
 
     def serve(self):
         "Answer one message; False if there will be no more"
@@ -141,16 +169,18 @@ def serve(
     control_fd: int,  # A socket to the process that wants children
     modules: list[str],  # To import
     entry: str,  # `module:function`, which a child calls
-    later: dict[str, str],  # Environment variables that only the children have
+    later: dict[str, str | None],  # Environment variables that only the children have, or, with None, do not have
 ) -> None:
     "Import, prove, say so, and fork until the socket closes"
-    control, (module, _, name) = socket.socket(fileno=control_fd), entry.partition(":")
-    problem = _import_all([*modules, module]) or why_not_fork()
-    control.send(problem[:4000].encode() or b"ready")
+    control, (module, _, name), before = socket.socket(fileno=control_fd), entry.partition(":"), _surroundings()
+    problem = _import_all([*modules, module]) or _what_changed(before) or why_not_fork()
+    control.send(problem[:4000].encode() or "\n".join(["ready", *_own_files()])[:_LONGEST].encode())
     if problem: return
     gc.collect()
     gc.freeze()  # so that a child's garbage collection does not write on, and so copy, what it shares
-    os.environ.update(later)
+    for key, value in later.items():
+        if value is None: os.environ.pop(key, None)
+        else: os.environ[key] = value
     _Server(control, getattr(sys.modules[module], name)).run()
 
 # %% ../nbs/57_warm.ipynb #06550806
@@ -167,8 +197,13 @@ class WarmProcess:
         if self.returncode is None and not poller.poll(None if timeout is None else 1000 * timeout):
             raise subprocess.TimeoutExpired("a warm fork", timeout)
         with self._lock:
-            if self.returncode is None: self.returncode = int(self._exit.read(16) or -signal.SIGKILL)
+            if self.returncode is None: self.returncode = int(self._exit.read(16) or self._lose())
         return self.returncode
+
+    def _lose(self):
+        "Nobody will tell how it ends: so it ends now, even if somebody has stopped it"
+        self.kill()
+        return -signal.SIGKILL
 
     def kill(self):
         with suppress(ProcessLookupError):
@@ -182,11 +217,9 @@ _KERNEL = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "I
            "matplotlib_inline.config")
 
 
-def _stamp(modules):
-    "Changes when packages are installed or removed, and when those that were imported are edited"
-    packages = [path for path in sys.path if path.endswith("-packages")]
-    files = [getattr(find_spec(name.partition(".")[0]), "origin", None) for name in (*modules, "gausssafe")]
-    return [sys.executable, *(os.stat(path).st_mtime_ns for path in (*packages, *filter(None, files)) if os.path.exists(path))]
+def _stamp(files):
+    "Changes when packages are installed or removed, and when a file that was imported is edited"
+    return [sys.executable, *(os.path.exists(path) and os.stat(path).st_mtime_ns for path in (*_packages(), *files))]
 
 
 def restore_threads() -> None:
@@ -201,21 +234,24 @@ class WarmParent:
     "A process that has imported modules, and forks"
 
     def __init__(self, modules, entry, environment):
-        self.modules, self._stamp = modules, _stamp(modules)
+        self.modules = modules
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, _SEQPACKET)
-        later = {_BLAS: environment.get(_BLAS, "")}
+        later = {_BLAS: environment.get(_BLAS)}
         code = f"from gausssafe.warm import serve; serve({theirs.fileno()}, {[*_KERNEL, *modules]!r}, {entry!r}, {later!r})"
         environment = _AT_IMPORT | environment | {_BLAS: "1"} | dict.fromkeys(MARKS, "?" * 80)
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment,
-                                        start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=2,  # what modules print is no result
+                                        pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()
-        answer = self._socket.recv(4096).decode()
+        _IMPORTING.add(self.process)
+        answer, *self._files = self._socket.recv(4 * _LONGEST).decode().split("\n")
+        _IMPORTING.discard(self.process)
         self.problem = "" if answer == "ready" else answer or "the process that imports them died"
+        self._stamp = _stamp(self._files)
 
     @property
     def is_current(self) -> bool:
         "Alive, and what it imported is what would be imported now"
-        return self.process.poll() is None and self._stamp == _stamp(self.modules)
+        return self.process.poll() is None and self._stamp == _stamp(self._files)
 
     def spawn(self, log) -> WarmProcess | None:
         "A child that writes to `log`; None if the parent is gone, or must not fork any more, and then `problem` says why"
@@ -229,12 +265,17 @@ class WarmParent:
         for fd in (mouth, exits): os.close(fd)
         self.problem = answer.decode()
 
-    def close(self) -> None:
+    def retire(self) -> None:
+        "No more children; it ends when those it has do"
         self._socket.close()
+
+    def close(self) -> None:
+        "Retire it, and wait for its end"
+        self.retire()
         self.process.wait()
 
 # %% ../nbs/57_warm.ipynb #5490c534
-_PARENTS, _LOCK = {}, threading.Lock()
+_PARENTS, _IMPORTING, _LOCK = {}, set(), threading.Lock()
 
 
 def spawn_warm(
@@ -257,7 +298,9 @@ def _parent(*wanted):
     key = repr(wanted)
     if (found := _PARENTS.get(key)) and found.problem: return None
     if found and found.is_current: return found
-    if found: found.close()
+    if found:
+        found.retire()
+        _PARENTS[f"{key}, retired at {time.monotonic()}"] = found  # its children run on
     parent = _PARENTS[key] = WarmParent(*wanted)
     if parent.problem: _give_up(parent)
     return None if parent.problem else parent
@@ -267,8 +310,13 @@ def _give_up(parent):
     warnings.warn(f"{', '.join(parent.modules)}: no warm start, {parent.problem}. Runs start cold.", RuntimeWarning, stacklevel=2)
 
 
+def stop_imports() -> None:
+    "End the parents that still import"
+    for process in list(_IMPORTING): process.kill()
+
+
 def close_warm() -> None:
-    "End all parents; their children live on"
+    "End all parents, when their children have ended"
     with _LOCK:
         for parent in _PARENTS.values(): parent.close()
         _PARENTS.clear()

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,7 @@ import pytest
 from gausssafe.batch import run_batch
 from gausssafe.guard import clear_leftovers
 from gausssafe.settings import BatchSpec
-from gausssafe.warm import WarmParent, close_warm, why_not_fork
+from gausssafe.warm import WarmParent, close_warm, spawn_warm, stop_imports, why_not_fork
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="warm forks need /proc")
 WARM = ("numpy", "matplotlib.pyplot")
@@ -133,3 +134,63 @@ def test_a_child_whose_parent_vanishes_is_lost_and_a_parent_without_its_master_e
     other = WarmParent(("json",), "gausssafe.warm:_compute", dict(os.environ))
     other.close()
     assert other.process.returncode == 0
+
+
+def test_a_broken_pipe_is_an_exception_in_a_forked_kernel(notebook, tmp_path):
+    pipe = "import os\near, mouth = os.pipe()\nos.close(ear)\ntry: os.write(mouth, b'x')\nexcept BrokenPipeError: print('told')"
+    result = run(tmp_path, [notebook("pipe", pipe)], WARM)
+    assert [(row["status"], row["run_warm"]) for row in result.rows] == [("ok", True)]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    def write(name, source): (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    yield write
+    close_warm()
+
+
+@pytest.mark.parametrize("source, told", [("import os\nos.chdir('/')", "working directory (/)"), ("file = open(__file__)", "file descriptor"),
+                                          ("import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)", "handler of SIGCHLD"),
+                                          ("raise SystemExit(3)", "import sly: SystemExit: 3")])
+def test_what_a_fork_would_inherit_or_lose_is_no_parent(module, source, told):
+    module("sly", source)
+    parent = WarmParent(("sly",), "gausssafe.warm:_compute", dict(os.environ))
+    assert told in parent.problem and "\n" not in parent.problem
+    parent.close()
+
+
+def test_a_parent_whose_module_is_edited_is_replaced_and_its_children_run_on(module, tmp_path):
+    "Also a module that the named one imports; a module may print, and start a process that ends"
+    from gausssafe import warm
+    module("inner", "import subprocess\nsubprocess.Popen(['true'])\nprint('loud')\ndef nap(): import time; time.sleep(1); return 5")
+    module("outer", "import inner")
+    with open(tmp_path / "log", "ab") as log:
+        def spawn(): return warm.spawn_warm(("outer",), "inner:nap", log, dict(os.environ))
+        first, parent = spawn(), next(iter(warm._PARENTS.values()))
+        assert parent.is_current
+        module("inner", "def nap(): return 6")
+        assert not parent.is_current
+        assert spawn().wait(20) == 6 and first.wait(20) == 5
+    close_warm()
+    assert parent.process.returncode == 0
+
+
+def test_a_stopped_child_of_a_parent_that_vanished_ends(tmp_path):
+    parent = WarmParent(("json",), "gausssafe.batch:_warm_child", dict(os.environ))
+    with open(os.devnull, "ab") as log: child = parent.spawn(log)
+    while not psutil.Process(child.pid).children(): time.sleep(0.02)  # its guard
+    os.kill(child.pid, signal.SIGSTOP)
+    os.kill(parent.process.pid, signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    deadline_s = time.monotonic() + 10
+    while psutil.pid_exists(child.pid) and time.monotonic() < deadline_s: time.sleep(0.05)
+    assert not psutil.pid_exists(child.pid) or psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_imports_that_last_can_be_stopped(module):
+    module("slow", "import time\ntime.sleep(60)")
+    with open(os.devnull, "ab") as log, ThreadPoolExecutor(1) as pool, pytest.warns(RuntimeWarning, match="the process that imports them died"):
+        future = pool.submit(spawn_warm, ("slow",), "gausssafe.warm:_compute", log, dict(os.environ))
+        while not future.done(): time.sleep(0.05), stop_imports()
+        assert future.result() is None
