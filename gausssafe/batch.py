@@ -420,19 +420,30 @@ def _pool(executor, jobs):
 # %% ../nbs/65_batch.ipynb #f46ba04d
 def _loop(batch, pool, jobs, progress):
     "Until nothing is left to do; True if it was interrupted"
-    interrupted = False
-    with _Bar(batch, progress) as bar:
-        while batch.running or (batch.todo and not interrupted):
-            try:
-                if not interrupted: batch.start(pool, jobs)
-                if not batch.running: time.sleep(0.1)  # Until there is memory for the next one
-                for future in wait(batch.running, timeout=0.5, return_when=FIRST_COMPLETED).done: batch.finish(future)
-                bar.update()
-            except KeyboardInterrupt:
-                if interrupted: return _stop(batch)
-                interrupted = True
-                print(f"\nfinishing what runs ({len(batch.running)}); Ctrl-C again stops it", file=sys.stderr, flush=True)
-    return interrupted
+    with _Bar(batch, progress) as bar, _interrupts() as interrupts:
+        while batch.running or (batch.todo and not interrupts):
+            if len(interrupts) > 1: return _stop(batch)
+            if not interrupts: batch.start(pool, jobs)
+            if not batch.running: time.sleep(0.1)  # Until there is memory for the next one
+            for future in wait(batch.running, timeout=0.5, return_when=FIRST_COMPLETED).done: batch.finish(future)
+            bar.update()
+    return bool(interrupts)
+
+
+@contextmanager
+def _interrupts():
+    "A list that grows with every Ctrl-C, which is then not raised between two lines that belong together"
+    heard = []
+
+    def hear(*_):
+        heard.append(True)
+        if len(heard) == 1: print("\nfinishing what runs; Ctrl-C again stops it", file=sys.stderr, flush=True)
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        yield heard  # Somebody else deals with it
+        return
+    signal.signal(signal.SIGINT, hear)
+    try: yield heard
+    finally: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(batch):

@@ -212,7 +212,7 @@ def kernel_remove(name):
 @click.option("--keep-best", default=3, show_default=True, metavar="N", help="Of a run, to use.")
 @click.option("--archive-after", default="720h", show_default=True, metavar="DURATION", help="Older ones are compressed.")
 @click.option("--processes", is_flag=True, help="Processes of runs whose guard was killed.")
-@click.option("--shm", is_flag=True, help="Our shared memory that no process uses, a minute after its last write.")
+@click.option("--shm", is_flag=True, help="Shared memory of multiprocessing, PyTorch and joblib that no process uses, a minute after its last write.")
 @click.option("--yes", is_flag=True, help="Do it; without this it is only listed.")
 @_plain_errors
 def clean(folder, keep_last, keep_best, archive_after, processes, shm, yes):

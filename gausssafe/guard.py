@@ -980,11 +980,14 @@ def _open_segments(pid):
     return {name.removeprefix("/dev/shm/") for name in names if name.startswith("/dev/shm/")}
 
 
+_MADE_BY_LIBRARIES = re.compile(r"psm_|wnsm_|sem\.|torch_|mp-|pym-|loky|joblib|cuda\.shm\.")
+
+
 def find_segments(
     older_than_s: float = 60,  # Seconds since the last write
 ) -> list[dict]:  # name, size_bytes, age_s
     "Our user's shared memory that nobody uses any more"
-    free = _segments()
+    free = {name: inode for name, inode in _segments().items() if _MADE_BY_LIBRARIES.match(name)}
     for pid in filter(str.isdigit, os.listdir("/proc") if free else []):
         for name in mapped_segments(pid).keys() | _open_segments(pid): free.pop(name, None)
     stats = {name: os.stat(f"/dev/shm/{name}") for name in free if os.path.exists(f"/dev/shm/{name}")}

@@ -297,7 +297,7 @@ def test_ctrl_c_once_finishes_what_runs_and_twice_stops_it(notebook, tmp_path, t
     while not (tmp_path / "started").exists() and time.monotonic() < deadline: time.sleep(0.05)
     interrupt(process, times)
     told, warned = process.communicate(timeout=60)
-    assert process.returncode == 130 and "finishing what runs (1); Ctrl-C again stops it" in warned
+    assert process.returncode == 130 and "finishing what runs; Ctrl-C again stops it" in warned
     assert ("1 of 3 runs: 1 ok, 2 not run" if times == 1 else "0 of 3 runs: 3 not run") in told
     assert not alive(str(tmp_path))
 
@@ -340,6 +340,22 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(notebook, tmp_path):
     assert "3 of 3 runs: 3 ok" in done.stdout and (folder / "report.html").exists()
     again = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert again.returncode == 0 and len(json.loads(again.stdout)) == 3
+
+
+def test_two_batches_and_a_cleaner_leave_each_other_alone(notebook, tmp_path):
+    batches = []
+    for name in ("one", "two"):
+        path = notebook(f"open({str(tmp_path / name)!r}, 'a').close()", WORK, name=name)
+        page = {"name": name, "memory_limit": "200MB", "experiments": [{"notebook": path, "grid": {"size": [1, 2]}, "parameters": {"seconds": 2}}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(page))
+        command = [COMMAND, "batch", tmp_path / f"{name}.json", "--results", tmp_path / "results", "--memory", "500MB", "-q", "--warm", "json"]
+        batches.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "one").exists() and (tmp_path / "two").exists()) and time.monotonic() < deadline: time.sleep(0.05)
+    cleaned = subprocess.run([COMMAND, "clean", "--processes", "--shm", "--yes"], capture_output=True, text=True)
+    assert "no processes left behind" in cleaned.stdout
+    for process in batches: assert "2 of 2 runs: 2 ok" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert len(list(tmp_path.glob("results/run_*"))) == 2
 
 
 def test_a_cluster_that_loses_a_worker(notebook, tmp_path):

@@ -98,12 +98,11 @@ def test_a_weekend_of_160_runs(tmp_path, record_property):
 
 # Shots in the dark
 
-def targets(batch_pid, marker):
+def targets(batch_pid):
     "Everything of a batch that can be shot, by kind"
     try: below = psutil.Process(batch_pid).children(recursive=True)
     except psutil.Error: below = []
-    kinds = {"batch": [batch_pid], "below": [p.pid for p in below]}
-    return {kind: pids for kind, pids in kinds.items() if pids}
+    return {"batch": [batch_pid]} | ({"below": [p.pid for p in below]} if below else {})
 
 
 def shoot_at(tmp_path, n_shots, n_runs, warm, seed, gap_s):
@@ -119,8 +118,9 @@ def shoot_at(tmp_path, n_shots, n_runs, warm, seed, gap_s):
             if process is not None and process.returncode == 0: break
             process = subprocess.Popen(command, stdout=log, stderr=log)
         time.sleep(g.uniform(0, gap_s))
-        aims = targets(process.pid, str(tmp_path))
-        kind = "batch" if g.random() < 0.1 or "below" not in aims else "below"
+        aims = targets(process.pid)
+        kind = "batch" if g.random() < 0.1 else "below"
+        if kind not in aims: continue
         try: os.kill(g.choice(aims[kind]), signal.SIGKILL)
         except ProcessLookupError: continue
         hits[kind] += 1
