@@ -98,11 +98,14 @@ def test_a_weekend_of_160_runs(tmp_path, record_property):
 
 # Shots in the dark
 
-def targets(batch_pid):
-    "Everything of a batch that can be shot, by kind"
-    try: below = psutil.Process(batch_pid).children(recursive=True)
-    except psutil.Error: below = []
-    return {"batch": [batch_pid]} | ({"below": [p.pid for p in below]} if below else {})
+def targets(batch_pid, warm):
+    "Everything of a batch that can be shot: pids by kind"
+    kinds, found, level = [*(["warm parent"] if warm else []), "run", "guard", "kernel"], {"batch": [batch_pid]}, [batch_pid]
+    for kind in kinds:
+        try: level = [child.pid for pid in level for child in psutil.Process(pid).children()]
+        except psutil.Error: break
+        if level: found[kind] = level
+    return found
 
 
 def shoot_at(tmp_path, n_shots, n_runs, warm, seed, gap_s):
@@ -118,8 +121,8 @@ def shoot_at(tmp_path, n_shots, n_runs, warm, seed, gap_s):
             if process is not None and process.returncode == 0: break
             process = subprocess.Popen(command, stdout=log, stderr=log)
         time.sleep(g.uniform(0, gap_s))
-        aims = targets(process.pid)
-        kind = "batch" if g.random() < 0.1 else "below"
+        aims = targets(process.pid, warm)
+        kind = g.choices(["batch", "warm parent", "run", "guard", "kernel"], [1, 1, 3, 3, 3])[0]
         if kind not in aims: continue
         try: os.kill(g.choice(aims[kind]), signal.SIGKILL)
         except ProcessLookupError: continue
@@ -154,13 +157,13 @@ def test_eight_shots_and_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("warm", ["", "json"])
-def test_150_shots_and_nothing_is_lost(tmp_path, warm):
+@pytest.mark.parametrize("n_shots, n_runs, warm", [(240, 260, "json"), (60, 60, "")])
+def test_300_shots_and_nothing_is_lost(tmp_path, n_shots, n_runs, warm):
     segments = set(os.listdir("/dev/shm"))
-    hits, code = shoot_at(tmp_path, 150, 200 if warm else 150, warm, seed=7, gap_s=0.6 if warm else 1.2)
-    print(dict(hits))
-    assert code == 0 and hits.total() == 150
-    check_nothing_lost(tmp_path, 200 if warm else 150, segments)
+    hits, code = shoot_at(tmp_path, n_shots, n_runs, warm, seed=7, gap_s=0.6 if warm else 1.2)
+    print("warm" if warm else "cold", dict(hits))
+    assert code == 0 and hits.total() == n_shots
+    check_nothing_lost(tmp_path, n_runs, segments)
 
 
 @pytest.mark.torture
