@@ -46,7 +46,9 @@ def test_run_prints_record_and_progress(notebook, tmp_path):
 def test_exit_codes(notebook, tmp_path, source, options, code, status):
     done = gausssafe("run", notebook(source), tmp_path / "out.ipynb", "--json", "--quiet", *options)
     assert done.returncode == code, done.stderr
-    assert json.loads(done.stdout)["status"] == status and done.stderr == ""
+    # nbclient interrupts a kernel before it shuts it down; one that is still busy with its error says so
+    told = [line for line in done.stderr.splitlines() if line != "[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel."]
+    assert json.loads(done.stdout)["status"] == status and told == []
 
 
 @pytest.mark.parametrize("args, message", [
