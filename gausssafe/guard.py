@@ -666,7 +666,7 @@ def _start(command, marks, group):
     _raise_priority()
     if pid := os.fork(): return pid
     try: _become(command, marks, guard_pid, niceness, group)
-    except BaseException as error: _say(f"cannot run {getattr(command, '__name__', command[0:1])}: {error}")
+    except BaseException as error: _say(f"cannot run {'a kernel' if callable(command) else command[0]}: {error}")
     finally: os._exit(127)
 
 # %% ../nbs/60_guard.ipynb #0e0036c4
