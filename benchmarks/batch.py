@@ -33,7 +33,7 @@ SLEEPY = "import time\nblock = bytearray(80_000_000)\nblock[::4096] = b'x' * len
 
 def write_notebook(path, source):
     cells = [nbformat.v4.new_code_cell("number = 0", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(source)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), path)
 
 
 def printed(paths):

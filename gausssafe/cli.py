@@ -279,7 +279,7 @@ def track_sync(folder, uri):
 @click.option("--results", default="results/", show_default=True, metavar="FOLDER", help="Each batch gets its own folder in it.")
 @click.option("--jobs", default=2, show_default=True, metavar="N", help="Runs at a time.")
 @click.option("--memory", metavar="SIZE", help='For all runs together: "8GB". Default: what is left of the machine.')
-@click.option("--warm", metavar="MODULE,...", default=(), callback=lambda _, __, text: [name for name in (text or "").split(",") if name],
+@click.option("--warm", metavar="MODULE,...", callback=lambda _, __, text: [name for name in (text or "").split(",") if name],
               help="Import these once and fork every run from there: torch,pennylane.")
 @click.option("--dry-run", is_flag=True, help="Only list the runs.")
 @click.option("--resume/--new", default=True, help="Finish the newest batch of the same settings (the default), or start afresh.")

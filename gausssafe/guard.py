@@ -873,13 +873,17 @@ class Guard(Watch):
 
     def on_line(self, word="", number="0"):
         if word == "stop": return self.finish("terminated")
-        if word == "signal": return _send(self.kernel_pid, int(number), os.killpg)
+        if word == "signal": _send(self.kernel_pid, int(number), os.killpg)
+        else: self.mark(word, int(number))
+        if self.spec.answer_fd is not None: _send(self.spec.answer_fd, b".", os.write)
+
+    def mark(self, word, number):
+        "A cell begins, or ended"
         self.look()
         state = (self.record.now_s(), self.record.used_bytes, high_water_bytes(self.kernel_pid))
         self.record.high_water(state[-1])
-        if word == "cell": self.record.cells.begin(int(number), *state)
+        if word == "cell": self.record.cells.begin(number, *state)
         if word == "end": self.record.cells.end(*state)
-        if self.spec.answer_fd is not None: _send(self.spec.answer_fd, b".", os.write)
 
     def on_signals(self):
         for number in set(os.read(self.wake, 512)):

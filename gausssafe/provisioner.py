@@ -141,7 +141,8 @@ class GuardedProcess(LocalProvisioner):
     async def send_signal(self, signum):
         "Pass a signal on to the kernel's process group; the last ones end the whole tree"
         if self.process is None or self.process.poll() is not None or self._lifeline is None: return
-        self._lifeline.tell("stop" if signum in _LAST_SIGNALS else f"signal {int(signum)}")
+        if signum in _LAST_SIGNALS: self._lifeline.tell("stop")
+        else: self._lifeline.ask(f"signal {int(signum)}")  # before a shutdown comes an interrupt, which must not arrive after it
         self.process.send_signal(signal.SIGCONT)  # should somebody have stopped the guard
         if signum == signal.SIGKILL and not await self._is_gone(3): self.process.kill()
 
@@ -212,6 +213,7 @@ def _become_kernel(arguments):
         app.start()
     except SystemExit: pass
     finally:
+        atexit.unregister(app.close)  # it waits for a thread that may wait for another one, which is over, for seconds; we are about to leave
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
