@@ -33,7 +33,8 @@ SLEEPY = "import time\nblock = bytearray(80_000_000)\nblock[::4096] = b'x' * len
 
 def write_notebook(path, source):
     cells = [nbformat.v4.new_code_cell("number = 0", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(source)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), path)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 def printed(paths):
