@@ -493,7 +493,7 @@ def figure(results):
             axes[1].semilogy([int(n) for n in curve], [max(b, 4096) / 1e6 for b in curve.values()], "o-" if peer == "ours" else "s--", color=colour)
     axes[0].set(xlabel="qubits", ylabel="ms a step of 256", title="Distinct inputs, four layers")
     axes[1].set(xlabel="qubits", ylabel="MB above a step of two samples", title="The reports' circuit, two layers, batch 256")
-    axes[0].legend()
+    axes[0].legend(loc="upper left", fontsize="small")
     fig.suptitle("Forward and backward, one core")
     return fig
 

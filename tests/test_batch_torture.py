@@ -111,7 +111,7 @@ def targets(batch_pid, warm):
 def shoot_at(tmp_path, n_shots, n_runs, warm, seed, gap_s):
     "Kill something at random until so many shots have hit; start the batch again when it is gone. What was hit"
     write_notebook(tmp_path / "short.ipynb", "import time\ntime.sleep(0.2)")
-    page = {"name": "target", "memory_limit": "300MB", "experiments": [{"notebook": str(tmp_path / "short.ipynb"),
+    page = {"name": "target", "memory_limit": "300MB", "max_retries": 50, "experiments": [{"notebook": str(tmp_path / "short.ipynb"),
                                                                         "grid": {"number": list(range(n_runs))}}]}
     (tmp_path / "s.json").write_text(json.dumps(page))
     command = [COMMAND, "batch", tmp_path / "s.json", "--results", tmp_path / "results", "--memory", "1GB", "-q", *(["--warm", warm] if warm else [])]
@@ -128,6 +128,7 @@ def shoot_at(tmp_path, n_shots, n_runs, warm, seed, gap_s):
         except ProcessLookupError: continue
         hits[kind] += 1
         if kind == "batch": process.wait()
+    process.wait()
     for _ in range(3):  # A run that was hit too often is given up as lost; the same command tries it again
         process = subprocess.run(command, stdout=log, stderr=log, timeout=900)
         if process.returncode == 0: break

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from gausssafe.warm import spawn_warm
+from gausssafe.warm import close_warm, spawn_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
 IMPORTS = ("torch", "pennylane", "numba", "matplotlib.pyplot", "scipy.stats", "sklearn.metrics", "pandas", "nbclient", "papermill")
 ENVIRONMENT = dict(os.environ) | {"MPLBACKEND": "agg", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_parent_left():
+    "Other tests measure this process with all its children"
+    yield
+    close_warm()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
