@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import nbformat
@@ -358,7 +359,16 @@ def test_two_batches_and_a_cleaner_leave_each_other_alone(notebook, tmp_path):
     assert len(list(tmp_path.glob("results/run_*"))) == 2
 
 
-def test_a_cluster_that_loses_a_worker(notebook, tmp_path):
+@pytest.fixture
+def no_helpers_left():
+    "Dask starts multiprocessing's helpers, which would live on below this process, and be measured with it"
+    yield
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_worker(notebook, tmp_path, no_helpers_left):
     "Dask: a worker is killed in the middle of a run; another one takes the run over, and nothing is left behind"
     distributed = pytest.importorskip("distributed")
     options = dict(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=None)
