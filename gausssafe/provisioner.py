@@ -152,6 +152,10 @@ class GuardedProcess(LocalProvisioner):
             await asyncio.sleep(0.01)
         return False
 
+    async def shutdown_requested(self, restart=False):
+        "Most kernels end at once, and a manager looks ten times a second"
+        await self._is_gone(0.5)
+
     async def poll(self):
         exit_code = await super().poll()
         if exit_code is not None: self._note_end()

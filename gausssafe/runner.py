@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import papermill
+from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
@@ -219,6 +221,21 @@ class Progress:
             print(line.removesuffix(", "), file=self.stream, flush=True)
 
 # %% ../nbs/62_runner.ipynb #7cddafdb
+class _KernelClient(AsyncKernelClient):
+    "Ready as soon as the kernel has answered and is heard; jupyter_client then waits 0.2 s more for messages that nobody would read"
+
+    async def wait_for_ready(self, timeout=None):
+        deadline_s = time.monotonic() + (timeout or float("inf"))
+        while True:
+            self.kernel_info()
+            with suppress(Empty):
+                await self.get_shell_msg(timeout=1)
+                await self.get_iopub_msg(timeout=0.2)
+                return
+            if not await self.is_alive(): raise RuntimeError("Kernel died before replying to kernel_info")
+            if time.monotonic() > deadline_s: raise RuntimeError(f"Kernel didn't respond in {timeout:.0f} seconds")
+
+
 class GuardedClient(PapermillNotebookClient):
     "papermill's notebook client, with its kernel under a guard"
 
@@ -229,6 +246,7 @@ class GuardedClient(PapermillNotebookClient):
 
     def create_kernel_manager(self):
         manager = super().create_kernel_manager()
+        manager.client_factory = _KernelClient
         asked = manager.kernel_spec.metadata.get("kernel_provisioner", {})
         own = asked.get("config", {}) if asked.get("provisioner_name") == "gausssafe" else {}
         self.guard = guard_kernel(manager, **own | self.limits)

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from contextlib import suppress
 
 # %% ../nbs/57_warm.ipynb #1dc512f7
@@ -189,6 +190,13 @@ class _Server:
         return pid
 
 # %% ../nbs/57_warm.ipynb #ac4be59c
+def _ripen():
+    "What every child would do for itself otherwise: compile the schema of notebooks; at its end, take torch's operators out of their registers"
+    if "nbformat" in sys.modules: sys.modules["nbformat"].validate(sys.modules["nbformat"].v4.new_notebook())
+    for farewell, call in weakref.finalize._registry.items():
+        if call.func.__module__ == "torch.library": farewell.atexit = False
+
+
 def serve(
     control_fd: int,  # A socket to the process that wants children
     modules: list[str],  # To import
@@ -200,6 +208,7 @@ def serve(
     problem = _import_all([*modules, module]) or _what_changed(before) or why_not_fork()
     control.send(problem[:4000].encode() or "\n".join(["ready", *_own_files()])[:_LONGEST].encode())
     if problem: return
+    _ripen()
     gc.collect()
     gc.freeze()  # so that a child's garbage collection does not write on, and so copy, what it shares
     for key, value in later.items():
@@ -236,9 +245,10 @@ class WarmProcess:
 # %% ../nbs/57_warm.ipynb #4968157f
 MARKS = ("GAUSSSAFE_OWNER", "GAUSSSAFE_RUN")
 _BLAS = "OPENBLAS_NUM_THREADS"
-_AT_IMPORT = {"JPY_PARENT_PID": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+_AT_IMPORT = {"JPY_PARENT_PID": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 _KERNEL = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "IPython.core.completer", "IPython.core.historyapp",
-           "matplotlib_inline.config")
+           "IPython.core.completerlib", "IPython.core.oinspect", "IPython.core.magics.ast_mod", "IPython.core.debugger", "IPython.core.logger",
+           "ipykernel.debugger", "ipykernel.kernelspec", "tornado.platform.asyncio", "tornado.queues", "tornado.locks", "threadpoolctl")
 
 
 def _stamp(files):
@@ -260,7 +270,7 @@ class WarmParent:
     def __init__(self, modules, entry, environment):
         self.modules = modules
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, _SEQPACKET)
-        later = {_BLAS: environment.get(_BLAS)}
+        later = {name: environment.get(name) for name in (_BLAS, "KMP_DUPLICATE_LIB_OK", *_AT_IMPORT)}  # threadpoolctl sets the second
         code = f"from gausssafe.warm import serve; serve({theirs.fileno()}, {[*_KERNEL, *modules]!r}, {entry!r}, {later!r})"
         environment = _AT_IMPORT | environment | {_BLAS: "1"} | dict.fromkeys(MARKS, "?" * 80)
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=2,  # what modules print is no result

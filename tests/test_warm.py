@@ -48,6 +48,7 @@ def test_a_forked_kernel_does_what_a_new_one_does(notebook, tmp_path):
         notebook("threads", "import os, numpy as np\nfrom threadpoolctl import threadpool_info",
                  "print([p['num_threads'] for p in threadpool_info()], os.environ['OPENBLAS_NUM_THREADS'])",
                  "(np.ones((300, 300)) @ np.ones((300, 300))).sum()"),
+        notebook("environment", "import os\nprint(sorted((k, v) for k, v in os.environ.items() if not k.startswith('GAUSSSAFE_')))"),
         notebook("error", "1 / 0"), notebook("greedy", "x = bytearray(10**9)"), notebook("crash", "import os; os.kill(os.getpid(), 11)"),
         notebook("hang", "import time; time.sleep(100)") | {"timeout": "3s"},
     ]
@@ -55,9 +56,9 @@ def test_a_forked_kernel_does_what_a_new_one_does(notebook, tmp_path):
     assert {row["run_warm"] for row in warm.rows} == {True} and {row["run_warm"] for row in cold.rows} == {False}
     for one, other in zip(warm.rows, cold.rows, strict=True):
         for key in ("run_experiment", "status", "run_cell", "run_limit_bytes", "run_threads"): assert one[key] == other[key], key
-        if one["run_experiment"] in ("figure", "threads", "error"): assert outputs(warm, one) == outputs(cold, other)
+        if one["run_experiment"] in ("figure", "threads", "environment", "error"): assert outputs(warm, one) == outputs(cold, other)
     statuses = {row["run_experiment"]: row["status"] for row in warm.rows}
-    assert statuses == {"figure": "ok", "shown": "ok", "threads": "ok", "error": "error", "greedy": "oom_ram", "crash": "error", "hang": "timeout"}
+    assert statuses == {"figure": "ok", "shown": "ok", "threads": "ok", "environment": "ok", "error": "error", "greedy": "oom_ram", "crash": "error", "hang": "timeout"}
     assert any("image/png" in o.get("data", {}) for cell in outputs(warm, warm.rows[0]) for o in cell)
 
 
