@@ -38,7 +38,7 @@ def _child(warm=False):
     "A run, as the task on standard input says; ends when that input does"
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with _beside(task), EnergyMeter() as energy:
+    with _beside(task), EnergyMeter(watts_per_core=task["watts_per_core"]) as energy:
         record = run_notebook(
             task["notebook"], f"{task['folder']}/{task['name']}.ipynb", task["parameters"],
             memory_limit=task["memory_limit"], timeout_s=task["timeout_s"], check=False,
@@ -386,7 +386,8 @@ def run_batch(
     if jobs < 1: raise InvalidInput(f"jobs is at least 1, not {jobs}")
     budget = read_limit(memory, "memory")
     runs = _limited(expand(spec, allow_many=allow_many), budget, jobs)
-    folder, common = _folder_for(results, spec, resume), {"warm": list(warm), "threads": None if executor else max(1, os.cpu_count() // jobs)}
+    folder, common = _folder_for(results, spec, resume), {"warm": list(warm), "threads": None if executor else max(1, os.cpu_count() // jobs),
+                                                         "watts_per_core": spec.watts_per_core}
     clear_leftovers()
     with Journal(folder / "journal.jsonl") as journal, _pool(executor, jobs) as pool:
         states = _replay(runs, read_journal(folder / "journal.jsonl"))

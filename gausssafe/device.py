@@ -256,7 +256,7 @@ def _compiled(device, operations, tape, numbers, packing):
     check_readable(circuit)
     return (ShotPlan if circuit.shots else ExecutionPlan)(circuit, device.memory_limit, "auto")
 
-
+# %% ../nbs/27_device.ipynb #7641354c
 def _check_measured(device, tape):
     "Whether it is the measurements alone that cannot be"
     def alone(): return [qml.apply(m) for m in tape.measurements]

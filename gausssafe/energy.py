@@ -6,6 +6,7 @@
 __all__ = ['POWERCAP', 'EnergyMeter']
 
 # %% ../nbs/05_energy.ipynb #63165e84
+import os
 import threading
 import time
 from pathlib import Path
@@ -77,15 +78,28 @@ class _NvmlPower(_Nvml):
         self.thread.join()
         self.nvml.nvmlShutdown()
 
+# %% ../nbs/05_energy.ipynb #6a9802b9
+class _Model:
+    "CPU time of this process, and of those that it waited for, times the power of a busy core"
+    source = "model"
+
+    def __init__(self, watts_per_core): self.watts, self.first = watts_per_core, sum(os.times()[:4])
+    def joules(self): return (sum(os.times()[:4]) - self.first) * self.watts
+    def close(self): pass
+
 # %% ../nbs/05_energy.ipynb #57e5fb6d
 class EnergyMeter:
-    "Joules of this machine between entering and leaving; `source` is `nvml_counter`, `nvml_power`, `rapl` or `none`"
+    "Joules of this machine between entering and leaving; `source` is `nvml_counter`, `nvml_power`, `rapl`, `model` or `none`"
 
-    def __init__(self, powercap: Path = POWERCAP):
-        self.powercap, self.source, self.joules = powercap, "none", None
+    def __init__(
+        self,
+        powercap: Path = POWERCAP,  # Where Linux shows the counters of the processor
+        watts_per_core: float | None = None,  # Of a busy core, for a machine without any counter; None: no joules there
+    ):
+        self.powercap, self.watts_per_core, self.source, self.joules = powercap, watts_per_core, "none", None
 
     def __enter__(self):
-        self._meter = _first_that_works(self.powercap)
+        self._meter = _first_that_works(self.powercap) or (self.watts_per_core and _Model(self.watts_per_core))
         if self._meter: self.source = self._meter.source
         return self
 

@@ -128,6 +128,7 @@ class BatchSpec(_Strict):
     max_retries: int = Field(0, ge=0)
     memory_limit: Bytes = None  # Of each run; None: the batch's memory divided by its jobs
     timeout: Seconds = None  # Of each run
+    watts_per_core: float | None = Field(None, gt=0)  # Of a busy core; joules are then CPU seconds times this where the machine counts none
     order: Literal["listed", "shuffled"] = "listed"
     stages: list[list[str]] = []  # Names of experiments; a stage ends before the next begins, what is not named comes last
     seed: int = Field(0, ge=0)

@@ -184,7 +184,7 @@ def basis_gates(
         for part in _decomposition(_with_plain_constants(op)):
             yield from basis_gates(part, controls)
 
-
+# %% ../nbs/12_trace.ipynb #2fde55b5
 def word_turns(op):
     "An exponential of commuting Pauli words as (letters, wires, angle), or None"
     import pennylane as qml
@@ -213,7 +213,7 @@ def _exponential(sentence, angle):
     if sentence is None or any(not a.commutes_with(b) for a in sentence for b in sentence): return None
     return [("".join(word.values()), tuple(word), float(np.real(complex(c))) * angle * (1 if word else 0.5)) for word, c in sentence.items()]
 
-
+# %% ../nbs/12_trace.ipynb #70a5844c
 def _with_plain_constants(op):
     "The operator with numbers for tensors that do not depend on an argument: its decomposition may look at those"
     import pennylane as qml

@@ -320,6 +320,13 @@ def test_outcomes_of_real_runs_and_the_report(notebook, tmp_path):
     assert not alive(str(tmp_path))
 
 
+def test_joules_are_named_after_their_source(notebook, tmp_path):
+    "A machine without a counter, and a user who knows what its cores draw"
+    row, = run_batch(spec_of(notebook(), experiment={"grid": {"size": [1]}}, watts_per_core=4), tmp_path / "results", memory="1GB").rows
+    assert row["run_energy_source"] in ("nvml_counter", "nvml_power", "rapl", "model") and row["run_joules"] > 0
+    if row["run_energy_source"] == "model": assert row["run_joules"] > 4 * 0.2  # a kernel that starts and imports
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_batch_that_is_killed_goes_on_where_it_was(notebook, tmp_path):
     experiment = {"notebook": notebook(WORK), "grid": {"size": [1, 2, 3]}, "parameters": {"seconds": 2}}
