@@ -546,7 +546,7 @@ def scatter(values, entry, scale, arcsin, slopes, out):
             out[entry[k], b] += scale[k] * slopes[k, b] / (math.sqrt(max(1 - v * v, eps)) if arcsin[k] else 1.0)
 
 # %% ../nbs/14_statevector.ipynb #f1a55d17
-_CACHE_BYTES = 512 * 1024
+_MOST_LANES, _STATES_BYTES = 256, 64 * 2**20  # Of a tile, states and cotangents
 
 
 class Pool:
@@ -631,14 +631,14 @@ class StateVector:
         return itemsize * (3 * len(self.lanes) + (1 if self.read.plain else 3) * self.read.n_channels)
 
     def tile(self, batch: int, itemsize: int, limit_bytes: int | None = None) -> int:
-        "Lanes of a tile: what the cache likes, at most what the batch has and the limit allows; 0 if nothing fits"
-        likes = max(4, _CACHE_BYTES // (4 * self.rows * itemsize))
-        widest = 1 << min(max(batch - 1, 0).bit_length(), likes.bit_length() - 1, 6)
-        if limit_bytes is None:
-            return widest
-        left = limit_bytes - self.fixed_bytes(itemsize) - batch * self.batch_bytes(itemsize)
-        fits = max(left, 0) // self.lane_bytes(itemsize)
-        return min(widest, 1 << (fits.bit_length() - 1)) if fits else 0
+        "Lanes of a tile: equal shares of the batch, as wide as states of 64 MB and the limit allow; 0 if nothing fits"
+        most = min(_MOST_LANES, max(4, _STATES_BYTES // (4 * self.rows * itemsize)))
+        if limit_bytes is not None:
+            left = limit_bytes - self.fixed_bytes(itemsize) - batch * self.batch_bytes(itemsize)
+            most = min(most, max(left, 0) // self.lane_bytes(itemsize))
+        if most < 1: return 0
+        share = -(-batch // -(-batch // most)) if batch else 1
+        return min(most, -(-share // 8) * 8 if share > 4 else 1 << (share - 1).bit_length())
 
     def bytes(self, batch: int, itemsize: int, tile: int, keep: bool) -> int:
         "Logical bytes of a forward and backward pass beyond inputs and outputs"
