@@ -152,9 +152,10 @@ def _runs(folder, table, texts):
         own = [texts.at[i, name] for name in _own_names(table)]
         yield {"experiment": row["run_experiment"], "parameters": own, "status": row["status"], "attempts": row["attempts"], "link": link,
                "seconds": _number(row["run_seconds"], "{:.1f}"), "peak": "" if row["run_peak_bytes"] != row["run_peak_bytes"]
-               else format_bytes(int(row["run_peak_bytes"])), "joules": _number(row["run_joules"], "{:.0f}" + " (model)" * (row["run_energy_source"] == "model")),
+               else format_bytes(int(row["run_peak_bytes"])), "joules": _joules(row),
                "error": "" if row["run_error"] != row["run_error"] else row["run_error"],
                "image": _thumbnail(notebooks[-1]) if notebooks and i < _MOST_THUMBNAILS else None}
 
 
 def _number(value, form): return "" if value != value else form.format(value)
+def _joules(row): return _number(row["run_joules"], "{:.0f} (model)" if row["run_energy_source"] == "model" else "{:.0f}")

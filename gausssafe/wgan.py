@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CHEAP', 'TARGETS', 'WGANConfig', 'gradient_penalty', 'CriticStep', 'make_noise', 'make_target', 'GAN',
-           'WGANResult', 'n_stale', 'train_wgan', 'profile_wgan']
+           'Recorded', 'WGANResult', 'n_stale', 'train_wgan', 'profile_wgan']
 
 # %% ../nbs/25_wgan.ipynb #07782025
 import copy
@@ -76,6 +76,7 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     keep_last: int = Field(5, ge=1)  # Checkpoints to go on from
     keep_best: int = Field(3, ge=0)  # Checkpoints of the lowest `best_by`, without the state to go on
     memory_limit: int | str | None = None  # Logical bytes of one pass through the noise, and of one metric; None for what is left, and 50 MB
+    device: str = "cpu"  # Where the networks are: "cuda" for a graphics card (written, and not yet run on one)
     out_dir: str | None = None  # Where checkpoints and results go; None writes nothing
 
     def __init__(self, **settings):
@@ -91,6 +92,13 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def _check_hidden(cls, hidden):
         if min(hidden) < 1: raise ValueError("a layer is at least 1 wide")
         return hidden
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device):
+        if device.partition(":")[0] not in ("cpu", "cuda"): raise ValueError(f"{device!r} is neither 'cpu' nor 'cuda'")
+        if device != "cpu" and not torch.cuda.is_available(): raise ValueError("torch sees no graphics card here: use 'cpu'")
+        return device
 
     @field_validator("target")
     @classmethod
@@ -138,7 +146,9 @@ _PROFILES = {
 }
 
 # %% ../nbs/25_wgan.ipynb #ea400479
-def _adam(parameters, learning_rate): return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.5, 0.9), fused=True)
+def _adam(parameters, learning_rate):
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.5, 0.9), fused=True, capturable=parameters[0].is_cuda)
 
 
 def _update(optimizer, loss):
@@ -353,6 +363,36 @@ def _momentum(norms, momentum):
     finally:
         for norm, value in zip(norms, before, strict=True): norm.momentum = value
 
+# %% ../nbs/25_wgan.ipynb #9d2bea45
+def _on_card(tensor): return tensor.is_cuda
+
+
+class Recorded:
+    "A function of tensors of fixed shapes, as a CUDA graph once it has been called three times with tensors on a card"
+
+    def __init__(self, fn): self.fn, self.n_calls, self.graph = fn, 0, None
+
+    def __call__(self, *inputs):
+        self.n_calls += 1
+        if not _on_card(inputs[0]): return self.fn(*inputs)
+        if self.n_calls <= 3: return self._aside(inputs)
+        if self.graph is None: self._record(inputs)
+        for own, given in zip(self.inputs, inputs, strict=True): own.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+    def _aside(self, inputs):
+        "Call it on a stream of its own, as recording will"
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream): output = self.fn(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return output
+
+    def _record(self, inputs):
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph): self.output = self.fn(*self.inputs)
+
 # %% ../nbs/25_wgan.ipynb #cb636efe
 class _Training:
     "The state of a training: networks, optimizers, generators, losses"
@@ -360,13 +400,16 @@ class _Training:
     def __init__(self, config, data=None):
         self.config, seeds = config, _seeds(config)
         self.mixture = make_target(config, data)
-        self.real, self.held_out = _split(config, self.mixture, seeds["data"])
-        self.gan, d = GAN(config, self.mixture), self.mixture.n_features
+        real, self.held_out = _split(config, self.mixture, seeds["data"])
+        self.real = real.to(config.device)
+        self.gan, d = GAN(config, self.mixture).to(config.device), self.mixture.n_features
         self.averaged = copy.deepcopy(self.gan)  # What is measured, always in float32
-        self.critic = Critic(d, hidden=config.critic_hidden, generator=_torch_generator(seeds["critic"]))
+        def critic(name, hidden): return Critic(d, hidden=hidden, generator=_torch_generator(seeds[name])).to(config.device)
+        self.critic = critic("critic", config.critic_hidden)
         for net in (self.gan.generator, self.critic): net.body.dtype = None if config.precision == "float32" else torch.bfloat16
         self.critic_gradient = CriticStep(self.critic, config.batch_size, config.gradient_penalty)
-        self.predictor = Critic(d, hidden=config.predictor_hidden, generator=_torch_generator(seeds["predictor"])) if config.killer else None
+        self.critic_update = Recorded(self._critic_update)
+        self.predictor = critic("predictor", config.predictor_hidden) if config.killer else None
         self.players = {"gan": self.gan, "critic": self.critic} | ({"predictor": self.predictor} if config.killer else {})
         self.optimizers = {name: _adam(player.parameters(), config.learning_rate) for name, player in self.players.items()}
         self.order, self.penalty = _torch_generator(seeds["order"]), _torch_generator(seeds["penalty"])
@@ -376,12 +419,15 @@ class _Training:
     def draw(self):
         "Data and fake for all critic steps of one round, (n_critic, batch, d) each"
         shape = (self.config.n_critic, self.config.batch_size)
-        real = self.real[torch.randint(len(self.real), shape, generator=self.order)]
+        real = self.real[torch.randint(len(self.real), shape, generator=self.order).to(self.real.device)]
         with torch.no_grad(): fake = self.gan(math.prod(shape)).view_as(real)
         return real, fake
 
     def critic_step(self, real, fake):
-        loss = self.critic_gradient(real, fake, torch.rand(len(real), 1, generator=self.penalty))
+        return self.critic_update(real, fake, torch.rand(len(real), 1, generator=self.penalty).to(real.device))
+
+    def _critic_update(self, real, fake, share):
+        loss = self.critic_gradient(real, fake, share)
         self.optimizers["critic"].step()
         return loss
 
@@ -460,7 +506,7 @@ class _Judge:
 
     def samples(self):
         self.training.averaged.settle(seed=self.seed + 1)
-        x = self.training.averaged.sample(self.n, seed=self.seed)
+        x = self.training.averaged.sample(self.n, seed=self.seed).cpu()
         _require_finite(x, "samples", self.training.step)
         return x
 

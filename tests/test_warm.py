@@ -58,7 +58,8 @@ def test_a_forked_kernel_does_what_a_new_one_does(notebook, tmp_path):
         for key in ("run_experiment", "status", "run_cell", "run_limit_bytes", "run_threads"): assert one[key] == other[key], key
         if one["run_experiment"] in ("figure", "threads", "environment", "error"): assert outputs(warm, one) == outputs(cold, other)
     statuses = {row["run_experiment"]: row["status"] for row in warm.rows}
-    assert statuses == {"figure": "ok", "shown": "ok", "threads": "ok", "environment": "ok", "error": "error", "greedy": "oom_ram", "crash": "error", "hang": "timeout"}
+    failed = {"error": "error", "greedy": "oom_ram", "crash": "error", "hang": "timeout"}
+    assert statuses == dict.fromkeys(("figure", "shown", "threads", "environment"), "ok") | failed
     assert any("image/png" in o.get("data", {}) for cell in outputs(warm, warm.rows[0]) for o in cell)
 
 

@@ -5,12 +5,16 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from reference import slope
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gausssafe import wgan
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
@@ -41,6 +45,9 @@ def result(): return train()
     (dict(target="two_gausians"), "there is no target 'two_gausians': did you mean 'two_gaussians'?"),
     (dict(metrics=("mmd", "wassersten")), "there is no metric 'wassersten': did you mean 'wasserstein'?"),
     (dict(best_by="is_positive"), "best_by = 'is_positive' is no distance: use one of wasserstein, "),
+    (dict(device="tpu"), "device: 'tpu' is neither 'cpu' nor 'cuda'"),
+    pytest.param(dict(device="cuda"), "device: torch sees no graphics card here: use 'cpu'",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
     (dict(epochs=0), "epochs: Input should be greater than or equal to 1, not 0"),
     (dict(epochs="2"), "epochs: Input should be a valid integer, not '2'"),
     (dict(epochs=True), "epochs: Input should be a valid integer, not True"),
@@ -332,6 +339,56 @@ def test_bfloat16_trains_and_is_repeatable():
     exact = train()
     assert (first.history[MEASURED_ALIKE] != exact.history[MEASURED_ALIKE]).any(axis=None)
     np.testing.assert_allclose(first.history["wasserstein"], exact.history["wasserstein"], rtol=0.1)
+
+
+class StandInGraph(TorchDispatchMode):
+    "A CUDA graph on the processor: operations are written down, and replayed into the tensors that they gave at first"
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.n_replays = [], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.n_replays += 1
+        if self.n_replays == 1: return  # On a card recording runs nothing; here it did
+        for operation, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(operation(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr(): old.copy_(new)
+
+
+def stand_in_card(monkeypatch):
+    @contextmanager
+    def record(graph):
+        with graph: yield
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(), "CUDAGraph": StandInGraph,
+                        "graph": record}.items(): monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(wgan, "_on_card", lambda tensor: True)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(precision="bfloat16"), dict(killer=True), dict(noise="normal", gradient_penalty=0.0)])
+def test_a_recorded_step_is_the_step(changes, monkeypatch):
+    eager = wgan._Training(tiny(**changes))
+    expected = torch.stack([eager.round() for _ in range(6)])
+    stand_in_card(monkeypatch)
+    training = wgan._Training(tiny(**changes))
+    found = torch.stack([training.round() for _ in range(6)])
+    assert training.critic_update.graph.n_replays == 6 * 2 - 3
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(training.critic.parameters(), eager.critic.parameters(), strict=True): assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
+def test_training_on_a_card():
+    row = train(device="cuda", noise="normal", epochs=4).history.iloc[-1]
+    assert np.isfinite(row[["critic_loss", "generator_loss"]].astype(float)).all()
 
 
 def test_points_between_that_do_not_slope_give_no_nan():
