@@ -168,7 +168,7 @@ class _Server:
                 if found[0] in self.exits: self.tell(*found)  # else a module started it
 
     def tell(self, pid, status):
-        with os.fdopen(self.exits.pop(pid), "w") as pipe, suppress(OSError): pipe.write(str(os.waitstatus_to_exitcode(status)))
+        with suppress(OSError), os.fdopen(self.exits.pop(pid), "w") as pipe: pipe.write(str(os.waitstatus_to_exitcode(status)))
 
     def serve(self):
         "Answer one message; False if there will be no more"
@@ -278,9 +278,15 @@ class WarmParent:
         theirs.close()
         _IMPORTING.add(self.process)
         answer, *self._files = self._socket.recv(4 * _LONGEST).decode().split("\n")
-        _IMPORTING.discard(self.process)
         self.problem = "" if answer == "ready" else answer or "the process that imports them died"
+        if not answer: self.process.wait()
+        _IMPORTING.discard(self.process)
         self._stamp = _stamp(self._files)
+
+    @property
+    def was_killed(self) -> bool:
+        "While it imported, by a signal that was not ours"
+        return bool(self.problem) and (self.process.poll() or 0) < 0 and self.process not in _STOPPED
 
     @property
     def is_current(self) -> bool:
@@ -309,7 +315,7 @@ class WarmParent:
         self.process.wait()
 
 # %% ../nbs/57_warm.ipynb #5490c534
-_PARENTS, _IMPORTING, _LOCK = {}, set(), threading.Lock()
+_PARENTS, _IMPORTING, _STOPPED, _LOCK = {}, set(), set(), threading.Lock()
 
 
 def spawn_warm(
@@ -335,7 +341,9 @@ def _parent(*wanted):
     if found:
         found.retire()
         _PARENTS[f"{key}, retired at {time.monotonic()}"] = found  # its children run on
-    parent = _PARENTS[key] = WarmParent(*wanted)
+    parent = WarmParent(*wanted)
+    if parent.was_killed: parent = WarmParent(*wanted)  # Once more
+    _PARENTS[key] = parent
     if parent.problem: _give_up(parent)
     return None if parent.problem else parent
 
@@ -346,7 +354,9 @@ def _give_up(parent):
 
 def stop_imports() -> None:
     "End the parents that still import"
-    for process in list(_IMPORTING): process.kill()
+    for process in list(_IMPORTING):
+        _STOPPED.add(process)
+        process.kill()
 
 
 def close_warm() -> None:

@@ -196,3 +196,23 @@ def test_imports_that_last_can_be_stopped(module):
         future = pool.submit(spawn_warm, ("slow",), "gausssafe.warm:_compute", log, dict(os.environ))
         while not future.done(): time.sleep(0.05), stop_imports()
         assert future.result() is None
+
+
+def test_imports_that_were_shot_at_are_tried_again(module, tmp_path):
+    from gausssafe import warm
+    seen = tmp_path / "seen"
+    module("slow", f"import pathlib, time\nseen = pathlib.Path({str(seen)!r})\nwas = seen.exists()\nseen.touch()\nif not was: time.sleep(60)")
+    with open(os.devnull, "ab") as log, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(spawn_warm, ("slow",), "gausssafe.warm:_compute", log, dict(os.environ))
+        while not seen.exists(): time.sleep(0.02)
+        next(iter(warm._IMPORTING)).kill()
+        assert future.result().wait(20) == 0
+
+
+def test_a_parent_whose_master_is_gone_still_sees_its_children_end():
+    "Nobody reads the pipe by then"
+    parent = WarmParent(("json",), "gausssafe.warm:_compute", dict(os.environ))
+    with open(os.devnull, "ab") as log: children = [parent.spawn(log) for _ in range(3)]
+    for child in children: child._exit.close()
+    parent.close()
+    assert parent.process.returncode == 0
