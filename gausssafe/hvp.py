@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from .budget import MemoryBudget, fit_memory_model
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite, RunFailed
 from .memory import count_tensor_bytes
-from .twice import TwiceDifferentiable
+from .twice import TwiceDifferentiable, gathered_ends
 from .units import format_bytes
 
 # %% ../nbs/30_hvp.ipynb #d0b2e3f0
@@ -94,23 +95,24 @@ def _accumulate(tensors, cotangents, leaves, totals, keep):
 def _reverse_hessian(objective, stand_ins, leaves, x, y, rows, out):
     "Add n H V of n samples to `out`: one gradient graph, differentiated once a vector"
     n = _n_samples(x)
-    loss = objective.loss(stand_ins, x, y)
-    value = n * _value(loss)
-    grads = torch.autograd.grad(n * loss, leaves, create_graph=True, allow_unused=True)
-    del loss
-    curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-    grads = [grads[i] for i in curved]
-    if not grads: return value
-    if len(rows) == 1:
-        views = _views(rows[0], leaves)
-        total = sum((g * views[i]).sum() for i, g in zip(curved, grads, strict=True))
+    with gathered_ends() as ends:
+        loss = objective.loss(stand_ins, x, y)
+        value = n * _value(loss)
+        grads = torch.autograd.grad(n * loss, leaves, create_graph=True, allow_unused=True)
+        del loss
+        pairs = _graph_ends(grads, leaves, ends)
         del grads
-        _accumulate([total], None, leaves, _views(out[0], leaves), False)
-        return value
-    for j, (row, total) in enumerate(zip(rows, out, strict=True)):
-        views = _views(row.contiguous(), leaves)
-        _accumulate(grads, [views[i] for i in curved], leaves, _views(total, leaves), j < len(rows) - 1)
+        for j, (row, total) in enumerate(zip(rows, out, strict=True) if pairs else ()):
+            views = _views(row.contiguous(), leaves)
+            _accumulate([end for _, end in pairs], [views[i] for i, _ in pairs], leaves, _views(total, leaves), j < len(rows) - 1)
     return value
+
+
+def _graph_ends(grads, leaves, ends):
+    "(index of a leaf, gradient or where it would be): all that can be differentiated again"
+    index = {id(leaf): i for i, leaf in enumerate(leaves)}
+    formed = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+    return formed + [(index[id(leaf)], end) for leaf, end in ends if id(leaf) in index]
 
 # %% ../nbs/30_hvp.ipynb #50bdb787
 def _reverse_outer(zs, curve, leaves, rows, out):
@@ -209,7 +211,8 @@ def _find_chain(objective, x):
     "The longest list of blocks that pass one tensor on, each to the next; an empty list if there is none"
     found, stand_ins = [], objective.tensors(dict(objective.model.named_parameters()))[0]
     lists = [list(m) for m in objective.model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    with _recorded(list({id(block): block for blocks in lists for block in blocks}.values())) as calls: objective.outputs(stand_ins, x)
+    every = list({id(block): block for blocks in lists for block in blocks}.values())
+    with _recorded(every) as calls, saved_tensors_hooks(lambda t: None, lambda _: None): objective.outputs(stand_ins, x)  # Only who depends on whom
     for blocks in lists:
         while blocks and any(call.block is blocks[0] and not (isinstance(call.h, torch.Tensor) and call.h.requires_grad)
                 for call in calls): blocks = blocks[1:]
@@ -276,36 +279,37 @@ def _push(segment, h, leaves, tangents, views):
     "Tangents of a segment's output, one a vector; None where nothing chosen has been met yet"
     if tangents is None and not segment.indices: return None
     h, inputs = segment.start(h, leaves, tangents)
-    end = segment.fn(h)
-    if not end.requires_grad: return None
-    dual = torch.zeros_like(end, requires_grad=True)
-    pulled = torch.autograd.grad(end, inputs, dual, create_graph=True, allow_unused=True)
-    used = [i for i, g in enumerate(pulled) if g is not None]
-    del end
+    with gathered_ends() as ends:
+        end = segment.fn(h)
+        if not end.requires_grad: return None
+        dual = torch.zeros_like(end, requires_grad=True)
+        pairs = _graph_ends(torch.autograd.grad(end, inputs, dual, create_graph=True, allow_unused=True), inputs, ends)
+        del end
 
-    def push(j):
-        directions = segment.directions(tangents and tangents[j], views[j])
-        return torch.autograd.grad([pulled[i] for i in used], dual, [directions[i] for i in used], retain_graph=j < len(views) - 1)[0]
-    return [push(j) for j in range(len(views))]
+        def push(j):
+            directions = segment.directions(tangents and tangents[j], views[j])
+            return torch.autograd.grad([pulled for _, pulled in pairs], dual, [directions[i] for i, _ in pairs], retain_graph=j < len(views) - 1)[0]
+        return [push(j) for j in range(len(views))]
 
 
 def _pull(segment, h, leaves, tangents, views, totals, pull, pull_tangents):
     "Gradient of a segment's input and its tangents; the tangents of its parameters' gradients go to `totals`"
     h, inputs = segment.start(h, leaves, tangents)
     if not inputs: return None, None
-    end, h_tangents = segment.fn(h), []
-    grads = torch.autograd.grad(end, inputs, pull, create_graph=True, allow_unused=True)
-    curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-    for j, pull_tangent in enumerate(pull_tangents):
-        directions = segment.directions(tangents and tangents[j], views[j])
-        ends = [(grads[i], directions[i]) for i in curved] + ([] if pull_tangent is None else [(end, pull_tangent)])
-        for i in segment.indices: leaves[i].grad = totals[j][i]
-        if ends: torch.autograd.backward(*map(list, zip(*ends, strict=True)), inputs=inputs, retain_graph=j < len(pull_tangents) - 1)
-        for i in segment.indices: leaves[i].grad = None
-        if tangents is None: continue
-        h_tangents.append(torch.zeros_like(h) if h.grad is None else h.grad)
-        h.grad = None
-    return (None, None) if tangents is None else (grads[0].detach(), h_tangents)
+    with gathered_ends() as gathered:
+        end, h_tangents = segment.fn(h), []
+        grads = torch.autograd.grad(end, inputs, pull, create_graph=True, allow_unused=True)
+        pairs = _graph_ends(grads, inputs, gathered)
+        for j, pull_tangent in enumerate(pull_tangents):
+            directions = segment.directions(tangents and tangents[j], views[j])
+            ends = [(g, directions[i]) for i, g in pairs] + ([] if pull_tangent is None else [(end, pull_tangent)])
+            for i in segment.indices: leaves[i].grad = totals[j][i]
+            if ends: torch.autograd.backward(*map(list, zip(*ends, strict=True)), inputs=inputs, retain_graph=j < len(pull_tangents) - 1)
+            for i in segment.indices: leaves[i].grad = None
+            if tangents is None: continue
+            h_tangents.append(torch.zeros_like(h) if h.grad is None else h.grad)
+            h.grad = None
+        return (None, None) if tangents is None else (grads[0].detach(), h_tangents)
 
 # %% ../nbs/30_hvp.ipynb #703ba611
 @dataclass(frozen=True)
@@ -492,7 +496,7 @@ def _count(data):
 
 def _work(engine, n_vectors):
     "In forward passes: what is shared, and what each vector adds"
-    return 7 + 8 * n_vectors if engine == "segments" else 3 + 6 * n_vectors
+    return 5 + 8 * n_vectors if engine == "segments" else 2 + 6 * n_vectors
 
 
 def _counted(step):

@@ -158,7 +158,7 @@ def test_eight_shots_and_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("n_shots, n_runs, warm", [(240, 600, "json"), (60, 120, "")])
+@pytest.mark.parametrize("n_shots, n_runs, warm", [(240, 500, "json"), (60, 120, "")])
 def test_300_shots_and_nothing_is_lost(tmp_path, n_shots, n_runs, warm):
     segments = set(os.listdir("/dev/shm"))
     hits, code = shoot_at(tmp_path, n_shots, n_runs, warm, seed=7, gap_s=0.6 if warm else 1.2)

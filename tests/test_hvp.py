@@ -156,8 +156,18 @@ def test_plans():
         H.plan_for(40)
     with pytest.raises(MemoryBudgetExceeded, match="for one sample at a time; v and Hv are"):
         HessianOperator(model, cases.lm_loss, params, [(x, y)], memory_limit=2 * 4 * H.shape[0] + 1000).plan  # noqa: B018
-    block = HessianOperator(model, cases.lm_loss, params, batches(x, y, 8, 4), memory_limit="0.5MB", block="blocks.1")
+    block = HessianOperator(model, cases.lm_loss, params, batches(x, y, 8, 4), memory_limit="0.45MB", block="blocks.1")
     assert block.plan.engine == "segments"
+
+
+def test_gradients_of_weights_are_never_formed():
+    "A large tied vocabulary, short sequences: less than one tensor of the table's size beyond v and Hv"
+    model = cases.randomize(cases.GPT(vocab=20_000, width=16)).eval()
+    tokens = torch.randint(20_000, (1, 4))
+    H = HessianOperator(model, cases.lm_loss, list(model.parameters()), [(tokens[:, :-1], tokens[:, 1:])])
+    v = torch.randn(H.shape[0])
+    error = relative_error(H @ v, reference.double_backward(model, cases.lm_loss, tokens[:, :-1], tokens[:, 1:], v))
+    assert error < 1e-5 and H.plan.peak_bytes - H.plan.floor_bytes < model.tokens.weight.nbytes
 
 
 def test_longer_sequences_later_are_planned_anew():
