@@ -327,6 +327,7 @@ def _smaller(state):
 def _task(state, folder):
     run, own = state.run, str(folder / state.run.folder)
     parameters = {name: value.replace("{run_folder}", own) if isinstance(value, str) else value for name, value in run.parameters.items()}
+    if run.own_folder: parameters["out_dir"] = own
     return {
         "notebook": run.notebook, "folder": own, "name": f"attempt-{state.attempts + state.lost + 1}", "parameters": parameters,
         "memory_limit": run.memory_limit, "timeout_s": run.timeout_s, "background": run.background,

@@ -202,6 +202,7 @@ class RunSpec:
     expect: str
     background: dict | None
     downscale: dict | None
+    own_folder: bool  # Whether the notebook's `out_dir` is the run's folder
 
     @property
     def folder(self) -> str: return f"{self.experiment}-{self.key}"
@@ -219,9 +220,9 @@ def expand(
     n_runs = sum(_count(spec, e) for e in spec.experiments)
     if n_runs > MOST_RUNS and not allow_many:
         raise InvalidInput(f"{spec.name} has {n_runs:,} runs, more than {MOST_RUNS:,}: make the grid smaller, or say that it is meant (--yes).")
-    texts = {path: _checked(path, names) for path, names in _asked(spec).items()}
+    notebooks = {path: _checked(path, names) for path, names in _asked(spec).items()}
     seen = Counter()
-    runs = [run for i, e in enumerate(spec.experiments) for run in _runs_of(spec, i, e, texts, seen)]
+    runs = [run for i, e in enumerate(spec.experiments) for run in _runs_of(spec, i, e, *notebooks[e.notebook], seen)]
     if spec.order == "shuffled": np.random.default_rng(spec.seed).shuffle(runs)
     return sorted(runs, key=lambda run: run.stage)
 
@@ -242,26 +243,27 @@ def _asked(spec):
 
 # %% ../nbs/63_settings.ipynb #745f02cb
 def _checked(path, names):
-    "The code of a notebook that has all these parameters"
+    "(code, names of the parameters) of a notebook that has all of these"
     if not Path(path).is_file(): raise InvalidInput(f"no such notebook: {path}")
     try: nb = nbformat.read(path, as_version=4)
     except Exception as error: raise InvalidInput(f"not a notebook: {path} ({type(error).__name__})") from None
     known = notebook_parameters(nb)
     if names and known is None: raise InvalidInput(f"{path} has no cell tagged `parameters`, so {', '.join(sorted(names))} would have no effect")
     if unknown := sorted(names - (known or set())): raise InvalidInput(f"unknown parameter {unknown[0]!r}: {path} has {', '.join(sorted(known))}")
-    return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
+    return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code"), known or set()
 
 
-def _runs_of(spec, i, e, texts, seen):
+def _runs_of(spec, i, e, code, known, seen):
     stage = next((s for s, names in enumerate(spec.stages) if e.title in names), len(spec.stages))
     for parameters, _ in itertools.product(_configurations(spec, i, e), range(e.runs_per_config or spec.runs_per_config)):
-        about = _digest({"code": texts[e.notebook], "parameters": parameters, "background": e.background and e.background.model_dump_json()})
+        about = _digest({"code": code, "parameters": parameters, "background": e.background and e.background.model_dump_json()})
         number, seen[about] = seen[about], seen[about] + 1
         yield RunSpec(
             _digest([about, number]), e.title, str(e.notebook), parameters, number, stage,
             spec.max_retries if e.max_retries is None else e.max_retries, e.memory_limit or spec.memory_limit, e.device_memory,
             e.timeout or spec.timeout, e.expect,
             e.background and e.background.model_dump(mode="json"), e.downscale and e.downscale.model_dump(),
+            "out_dir" in known and "out_dir" not in parameters,
         )
 
 

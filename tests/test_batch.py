@@ -29,8 +29,8 @@ COMMAND = Path(sys.executable).parent / "gausssafe"
 
 @pytest.fixture
 def notebook(tmp_path):
-    def notebook(*sources, name="in"):
-        cells = [nbformat.v4.new_code_cell("size, seconds = 1, 0.0", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, sources)]
+    def notebook(*sources, name="in", parameters="size, seconds = 1, 0.0"):
+        cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, sources)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}),
                        tmp_path / f"{name}.ipynb")
         return str(tmp_path / f"{name}.ipynb")
@@ -128,6 +128,14 @@ def test_a_run_is_told_its_own_folder(notebook, tmp_path):
     spec = spec_of(notebook("where = ''"), experiment={"grid": {"size": ["{run_folder}/a.csv"]}})
     result, (task,) = batch(spec, tmp_path, lambda *_: {"status": "ok"})
     assert task["parameters"]["size"] == f"{task['folder']}/a.csv" and task["folder"].startswith(str(result.folder))
+
+
+def test_a_notebook_with_an_out_dir_gets_its_own_folder(notebook, tmp_path):
+    path, seen = notebook(parameters="size, out_dir = 1, 'results'"), []
+    for own in ({}, {"out_dir": "here"}):
+        _, (task,) = batch(spec_of(path, experiment={"grid": {"size": [1]}, "parameters": own}), tmp_path, lambda *_: {"status": "ok"})
+        seen.append(task["parameters"]["out_dir"])
+    assert seen[1] == "here" and Path(seen[0]).parent.parent == tmp_path / "results"
 
 
 def test_an_executor_that_loses_its_worker(notebook, tmp_path):
