@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,13 +102,18 @@ def cost(tries):
     with TemporaryDirectory() as folder:
         folder = Path(folder)
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LIVES)], metadata=KERNEL), folder / "lives.ipynb")
-        pairs = [(lived(folder, True), lived(folder, False)) for _ in range(tries)]
-    with_s, without_s = ([pair[i][0] for pair in pairs] for i in (0, 1))
+        pairs = []
+        for i in range(tries):  # who comes first takes turns too
+            found = {witness: lived(folder, witness) for witness in ((True, False) if i % 2 else (False, True))}
+            pairs.append((found[True], found[False]))
+    seconds = np.array([[run[0] for run in pair] for pair in pairs])
+    drawn = np.median(seconds[np.random.default_rng(0).integers(tries, size=(5000, tries))], axis=1)
     asked = [len(pair[0][1].growth) for pair in pairs]
     assert not pairs[0][1][1].growth
-    return {"with, median CPU s": round(statistics.median(with_s), 4), "without, median CPU s": round(statistics.median(without_s), 4),
-            "median of the ratios": round(statistics.median(a / b for a, b in zip(with_s, without_s, strict=True)), 4),
-            "fastest with / fastest without": round(min(with_s) / min(without_s), 4), "times asked": max(asked), "pairs": tries}
+    with_s, without_s = np.median(seconds, axis=0)
+    return {"with, median CPU s": round(with_s, 4), "without, median CPU s": round(without_s, 4), "ratio": round(with_s / without_s, 4),
+            "ratio, 95 % interval": np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975)).round(4).tolist(),
+            "fastest with / fastest without": round(seconds[:, 0].min() / seconds[:, 1].min(), 4), "times asked": max(asked), "pairs": tries}
 
 
 def cpu_s(pid): return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9

@@ -98,21 +98,20 @@ def _reverse_hessian(objective, stand_ins, leaves, x, y, rows, out):
     with gathered_ends() as ends:
         loss = objective.loss(stand_ins, x, y)
         value = n * _value(loss)
-        grads = torch.autograd.grad(n * loss, leaves, create_graph=True, allow_unused=True)
+        pairs = _graph_ends(n * loss, leaves, None, ends)[1]
         del loss
-        pairs = _graph_ends(grads, leaves, ends)
-        del grads
         for j, (row, total) in enumerate(zip(rows, out, strict=True) if pairs else ()):
             views = _views(row.contiguous(), leaves)
             _accumulate([end for _, end in pairs], [views[i] for i, _ in pairs], leaves, _views(total, leaves), j < len(rows) - 1)
     return value
 
 
-def _graph_ends(grads, leaves, ends):
-    "(index of a leaf, gradient or where it would be): all that can be differentiated again"
-    index = {id(leaf): i for i, leaf in enumerate(leaves)}
+def _graph_ends(end, leaves, cotangent, ends):
+    "(gradients that are formed, pairs of the index of a leaf and its gradient or where that would be): all that can be differentiated again"
+    ends.open, index = True, {id(leaf): i for i, leaf in enumerate(leaves)}
+    grads = torch.autograd.grad(end, leaves, cotangent, create_graph=True, allow_unused=True)
     formed = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-    return formed + [(index[id(leaf)], end) for leaf, end in ends if id(leaf) in index]
+    return grads, formed + [(index[id(leaf)], end) for leaf, end in ends if id(leaf) in index]
 
 # %% ../nbs/30_hvp.ipynb #50bdb787
 def _reverse_outer(zs, curve, leaves, rows, out):
@@ -283,7 +282,7 @@ def _push(segment, h, leaves, tangents, views):
         end = segment.fn(h)
         if not end.requires_grad: return None
         dual = torch.zeros_like(end, requires_grad=True)
-        pairs = _graph_ends(torch.autograd.grad(end, inputs, dual, create_graph=True, allow_unused=True), inputs, ends)
+        pairs = _graph_ends(end, inputs, dual, ends)[1]
         del end
 
         def push(j):
@@ -298,8 +297,7 @@ def _pull(segment, h, leaves, tangents, views, totals, pull, pull_tangents):
     if not inputs: return None, None
     with gathered_ends() as gathered:
         end, h_tangents = segment.fn(h), []
-        grads = torch.autograd.grad(end, inputs, pull, create_graph=True, allow_unused=True)
-        pairs = _graph_ends(grads, inputs, gathered)
+        grads, pairs = _graph_ends(end, inputs, pull, gathered)
         for j, pull_tangent in enumerate(pull_tangents):
             directions = segment.directions(tangents and tangents[j], views[j])
             ends = [(g, directions[i]) for i, g in pairs] + ([] if pull_tangent is None else [(end, pull_tangent)])

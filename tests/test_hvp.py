@@ -170,6 +170,30 @@ def test_gradients_of_weights_are_never_formed():
     assert error < 1e-5 and H.plan.peak_bytes - H.plan.floor_bytes < model.tokens.weight.nbytes
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("wrt", ["input", "weights"])
+def test_a_gradient_inside_the_loss_that_counts_as_a_number(create_graph, wrt):
+    "It must neither be left out nor be taken for a part of the outer gradient"
+    model, x, y = cases.tanh_mlp().double(), torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+
+    class Weighed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            z = self.inner(x)
+            of = x if wrt == "input" else self.inner[0].weight
+            slope, = torch.autograd.grad(z.square().mean(), of, create_graph=create_graph, retain_graph=True)
+            return z * (1 + slope.detach().norm())
+
+    whole = Weighed().eval()
+    v = torch.randn(sum(p.numel() for p in whole.parameters()), dtype=torch.float64)
+    H = HessianOperator(whole, F.cross_entropy, list(whole.parameters()), [(x[:1], y[:1])])
+    assert relative_error(H @ v, reference.double_backward(whole, F.cross_entropy, x[:1], y[:1], v)) < 1e-12
+
+
 def test_longer_sequences_later_are_planned_anew():
     model, x, y = gpt_and_tokens(4)
     data = [(x[:, :8], y[:, :8]), (x, y), (x[:2, :16], y[:2, :16])]
