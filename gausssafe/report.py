@@ -114,7 +114,7 @@ def write_report(
     if not (folder / "summary.csv").is_file(): raise InvalidInput(f"{folder} holds no batch: there is no summary.csv in it")
     table, texts = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "summary.csv", dtype=str, keep_default_na=False)
     page = jinja2.Environment(autoescape=True).from_string(_TABLE + _PAGE)
-    varied = variability(table).round(4).to_dict("records")
+    varied = variability(table).dropna(axis=1, how="all").round(4).to_dict("records")  # Joules only where some were counted
     text = page.render(title=f"Batch {folder.name}", when=_when(table), verdict=_verdict(table), causes=_causes(table), figure=_png(_figure(table)),
                        varied=varied, names=_own_names(table), runs=_runs(folder, table, texts))
     (folder / "report.html").write_text(text, encoding="utf-8")
