@@ -482,7 +482,7 @@ def machine():
 def figure(results):
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
     rows = [r for r in results.get("steps", []) if r["group"] == "distinct inputs"]
     for peer, colour in COLOURS.items():
         at = [(int(r["case"].split()[0][2:]), r["ms"][peer] / int(r["case"].split("B=")[1]) * 256) for r in rows if peer in r["ms"]]
@@ -490,10 +490,12 @@ def figure(results):
             axes[0].semilogy(*zip(*at, strict=True), "o-" if peer == "ours" else "s--", color=colour, label=TITLES[peer])
         curve = results.get("memory", {}).get(peer)
         if curve:
-            axes[1].semilogy([int(n) for n in curve], [max(b, 4096) / 1e6 for b in curve.values()], "o-" if peer == "ours" else "s--", color=colour)
+            axes[1].semilogy([int(n) for n in curve], [max(b, 4096) / 1e6 for b in curve.values()], "o-" if peer == "ours" else "s--", color=colour,
+                             label=TITLES[peer])
     axes[0].set(xlabel="qubits", ylabel="ms a step of 256", title="Distinct inputs, four layers")
     axes[1].set(xlabel="qubits", ylabel="MB above a step of two samples", title="The reports' circuit, two layers, batch 256")
-    axes[0].legend(loc="upper left", fontsize="small")
+    shown = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize="small")
     fig.suptitle("Forward and backward, one core")
     return fig
 
