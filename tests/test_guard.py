@@ -107,7 +107,8 @@ def test_the_sum_of_children_counts():
     code = f"import subprocess, sys\nfor c in [subprocess.Popen([sys.executable, '-c', {GREEDY!r}, '8']) for _ in range(8)]: c.wait()"
     status = run_guarded(python(code), memory_limit="300MB", timeout_s=60)
     assert status["reason"] == "memory" and len(status["leaked"]) == 8
-    assert 300e6 <= status["peak_bytes"] < 400e6 and status["kernel_hwm_bytes"] < 50e6
+    assert 300e6 <= status["peak_bytes"] < 400e6
+    assert status["kernel_hwm_bytes"] < 120e6  # Its own, or that of one child which it saw end: wait4 tells the larger
 
 
 def test_forks_are_not_counted_twice():
