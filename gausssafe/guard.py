@@ -721,15 +721,15 @@ def _remove_private(folder):
     if stat and stat.st_uid == os.getuid() and stat.st_mode & 0o40077 == 0o40000: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/60_guard.ipynb #740891ff
-def _reap(record, kernel_pid):
-    "Collect dead children; True while there are living ones"
+def _reap(record, kernel_pid, kernel_hwm_bytes=0):
+    "Collect dead children; True while there are living ones. wait4's high-water mark may be that of a child which the kernel saw end: second best"
     try:
         while True:
             pid, status, usage = os.wait4(-1, os.WNOHANG)
             if pid == 0: return True
             if pid != kernel_pid: continue
             record.exit_code = os.waitstatus_to_exitcode(status)
-            record.high_water(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            if not kernel_hwm_bytes: record.high_water(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     except ChildProcessError: return False
 
 
@@ -739,11 +739,12 @@ def _end_tree(tree, record, shared, kernel_pid):
     while time.monotonic() < grace_s and _reap(record, kernel_pid): time.sleep(0.005)
     began_s, there = time.monotonic(), _freeze(tree)
     if there: record.sample(tree.read(exact=len(there) <= _CROWD))
-    record.high_water(high_water_bytes(kernel_pid) if kernel_pid in there else 0)
+    own_hwm_bytes = high_water_bytes(kernel_pid) if kernel_pid in there else 0
+    record.high_water(own_hwm_bytes)
     record.leaked = [{"pid": p.pid, "rss_bytes": p.rss_bytes, "command": command_line(p.pid)} for p in there.values() if p.pid != kernel_pid]
     record.cells.end(record.now_s(), record.used_bytes, record.kernel_hwm_bytes)
     shared.look(there)
-    while _reap(record, kernel_pid) | bool(left := tree.pids()):
+    while _reap(record, kernel_pid, own_hwm_bytes) | bool(left := tree.pids()):
         for pid in left: _send(pid, signal.SIGKILL)
         tree.kill()
         if time.monotonic() > began_s + 10: record.unkillable = left; break

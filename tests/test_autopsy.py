@@ -13,6 +13,7 @@ from bombs import BOMBS, KERNEL, verdict, write
 from click.testing import CliRunner
 from jupyter_client.manager import KernelManager
 
+from gausssafe import witness
 from gausssafe.autopsy import Dump, Frame, Place, Stack, growth_steps, locate, locate_error, parse_stacks, read_journal
 from gausssafe.cli import main
 from gausssafe.explain import advise, draw_curve, explain, fitting_value
@@ -95,8 +96,9 @@ def test_a_full_card_by_injection(tmp_path):
     record = run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", check=False, cwd=tmp_path)
     assert record.status == "oom_gpu" and record.place == "line 3, gan.py:3 in rbf_kernel"
     assert record.error.endswith("Tried to allocate 2.00 GiB. at cell 3 (In [2]), line 3, gan.py:3 in rbf_kernel")
-    assert {row[1:] for row in record.device_samples} == {(6_000, 7_000, 8_000)} and len(record.device_samples) >= 2
-    assert 0 < record.device_samples[0][0] < record.device_samples[-1][0] < record.seconds
+    assert [row[1:] for row in record.device_samples] == [(6_000, 7_000, 8_000)] * len(record.device_samples)
+    assert len(record.device_samples) == 2 or witness._has_card()  # where there is one, it is also looked at inside cells
+    assert 0 < record.device_samples[0][0] < record.device_samples[1][0] < record.seconds
 
 
 @contextmanager
