@@ -5,8 +5,8 @@
 - throughput: seconds for all runs of a notebook that imports torch: the papermill command in a shell loop, two such loops at a time,
   papermill's API in one process, `gausssafe batch` with two jobs cold, and with `--warm torch`. All start-up is counted. The outputs of every
   run are compared between all of them.
-- cleanup: seconds between the last cell of a run and the next run's start, and those that the guard needed to end the tree.
-- admission: runs that declare more memory than they take, nearly twice and four times as much, in two fixed slots and by learned peaks.
+- cleanup: seconds from the last cell of a run to an empty tree, and those that the guard needed to end it.
+- admission: runs of 181 MB that declare 400 MB (2.2 times as much) or 1 GB (5.5 times), in two fixed slots and by learned peaks.
 """
 
 import argparse

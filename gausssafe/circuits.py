@@ -90,7 +90,7 @@ def _check_shape(name, tensor, shape, batched):
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}; the circuit was compiled for ({want}).")
     if not tensor.numel(): raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}, no samples: give a batch of at least one.")
 
-# %% ../nbs/22_circuits.ipynb #2e5f9711
+# %% ../nbs/22_circuits.ipynb #e4aa335b
 _CPU = torch.device("cpu")
 
 
@@ -103,6 +103,9 @@ def _rows(sizes, sampled):
     return found
 
 
+def _like(tensors, device): return [t if t.device == device else t.to(device) for t in tensors]
+
+# %% ../nbs/22_circuits.ipynb #2e5f9711
 class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
 
@@ -171,9 +174,6 @@ class ExecutionPlan:
             f"engine {self.engine}: {self._engine.describe()}",
             f"memory limit: {limit}; a batch of 256 in float32 needs {format_bytes(self.estimate_bytes(256))}",
         ])
-
-
-def _like(tensors, device): return [t if t.device == device else t.to(device) for t in tensors]
 
 # %% ../nbs/22_circuits.ipynb #bda5c481
 def _check(plan, arguments):

@@ -98,7 +98,7 @@ def _reverse_hessian(objective, stand_ins, leaves, x, y, rows, out):
     with gathered_ends() as ends:
         loss = objective.loss(stand_ins, x, y)
         value = n * _value(loss)
-        pairs = _graph_ends(n * loss, leaves, None, ends)[1]
+        _, pairs = _graph_ends(n * loss, leaves, None, ends)
         del loss
         for j, (row, total) in enumerate(zip(rows, out, strict=True) if pairs else ()):
             views = _views(row.contiguous(), leaves)
@@ -282,7 +282,7 @@ def _push(segment, h, leaves, tangents, views):
         end = segment.fn(h)
         if not end.requires_grad: return None
         dual = torch.zeros_like(end, requires_grad=True)
-        pairs = _graph_ends(end, inputs, dual, ends)[1]
+        _, pairs = _graph_ends(end, inputs, dual, ends)
         del end
 
         def push(j):
@@ -563,22 +563,9 @@ class _Setup:
         for batch in self._batches(): return batch
         raise InvalidInput("data has no batches: is the dataset empty, or shorter than one batch with drop_last=True?")
 
-# %% ../nbs/30_hvp.ipynb #6d8526e2
-class _Planner(_Setup):
-    "Probe, predict, choose"
-
-    @property
-    def plan(self) -> Plan:
-        "How the last product went; before the first, how one with a single vector would go"
-        return self._plan or self.plan_for(1)
-
-    def plan_for(
-        self,
-        n_vectors: int,  # Columns of v
-    ) -> Plan:  # Engine, chunk, bytes and seconds to expect
-        "Predict a product from two probes on the first batch"
-        if type(n_vectors) is not int or n_vectors < 1: raise InvalidInput(f"n_vectors is a count, at least 1, not {n_vectors!r}")
-        return self._planned(n_vectors, *self._first(), n_vectors > 1)
+# %% ../nbs/30_hvp.ipynb #2d875655
+class _Budgeted(_Setup):
+    "What a product takes before any probe"
 
     @contextmanager
     def reserve(
@@ -608,6 +595,23 @@ class _Planner(_Setup):
         raise MemoryBudgetExceeded(what=f"a product with {n_vectors} vectors of {self.shape[0]:,} values: v and Hv alone", needed_bytes=base_bytes,
                                    left_bytes=self.limit_bytes, limit_bytes=self.limit_bytes,
                                    advice=f"Use a larger memory_limit, fewer vectors{block}.")
+
+# %% ../nbs/30_hvp.ipynb #6d8526e2
+class _Planner(_Budgeted):
+    "Probe, predict, choose"
+
+    @property
+    def plan(self) -> Plan:
+        "How the last product went; before the first, how one with a single vector would go"
+        return self._plan or self.plan_for(1)
+
+    def plan_for(
+        self,
+        n_vectors: int,  # Columns of v
+    ) -> Plan:  # Engine, chunk, bytes and seconds to expect
+        "Predict a product from two probes on the first batch"
+        if type(n_vectors) is not int or n_vectors < 1: raise InvalidInput(f"n_vectors is a count, at least 1, not {n_vectors!r}")
+        return self._planned(n_vectors, *self._first(), n_vectors > 1)
 
     def _step(self, engine, x, y, rows, out):
         "A function of a range of samples that adds their product to `out`"

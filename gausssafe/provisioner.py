@@ -153,7 +153,6 @@ class GuardedProcess(LocalProvisioner):
         return False
 
     async def shutdown_requested(self, restart=False):
-        "Most kernels end at once, and a manager looks ten times a second"
         await self._is_gone(0.5)
 
     async def poll(self):

@@ -222,7 +222,7 @@ class Progress:
 
 # %% ../nbs/62_runner.ipynb #7cddafdb
 class _KernelClient(AsyncKernelClient):
-    "Ready as soon as the kernel has answered and is heard; jupyter_client then waits 0.2 s more for messages that nobody would read"
+    "Ready as soon as the kernel has answered and is heard"
 
     async def wait_for_ready(self, timeout=None):
         deadline_s = time.monotonic() + (timeout or float("inf"))

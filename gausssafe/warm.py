@@ -193,7 +193,7 @@ class _Server:
 def _ripen():
     "What every child would do for itself otherwise: compile the schema of notebooks; at its end, take torch's operators out of their registers"
     if "nbformat" in sys.modules: sys.modules["nbformat"].validate(sys.modules["nbformat"].v4.new_notebook())
-    for farewell, call in weakref.finalize._registry.items():
+    for farewell, call in getattr(weakref.finalize, "_registry", {}).items():  # private: without it, children only end later
         if call.func.__module__ == "torch.library": farewell.atexit = False
 
 

@@ -35,8 +35,53 @@ from .networks import BoundedGenerator, Critic, DirectGenerator, GaussianGenerat
 from .noise import ClassicalNoise, MapNoise, QuantumNoise, QuantumShadowNoise, seed_streams
 from .units import format_bytes, format_duration
 
+# %% ../nbs/25_wgan.ipynb #913b1506
+class _Checked(BaseModel, frozen=True, extra="forbid", strict=True):
+    "What pydantic's types cannot say about the fields of a configuration"
+
+    def __init__(self, **settings):
+        try: super().__init__(**settings)
+        except ValidationError as error: raise invalid_field(error, type(self).model_fields) from None
+
+    @field_validator("memory_limit", check_fields=False)
+    @classmethod
+    def _check_limit(cls, limit): return limit if limit is None or read_limit(limit) else None
+
+    @field_validator("hidden", "critic_hidden", "predictor_hidden", check_fields=False)
+    @classmethod
+    def _check_hidden(cls, hidden):
+        if min(hidden) < 1: raise ValueError("a layer is at least 1 wide")
+        return hidden
+
+    @field_validator("device", check_fields=False)
+    @classmethod
+    def _check_device(cls, device):
+        if device.partition(":")[0] not in ("cpu", "cuda"): raise ValueError(f"{device!r} is neither 'cpu' nor 'cuda'")
+        if device != "cpu" and not torch.cuda.is_available(): raise ValueError("torch sees no graphics card here: use 'cpu'")
+        return device
+
+    @field_validator("target", check_fields=False)
+    @classmethod
+    def _check_target(cls, target):
+        if target not in TARGETS and not target.endswith(".csv"): raise unknown_name("target", target, [*TARGETS, "a file that ends in .csv"])
+        return target
+
+    @field_validator("metrics", "best_by", check_fields=False)
+    @classmethod
+    def _check_metrics(cls, names):
+        for name in (names,) if isinstance(names, str) else names or ():
+            if name not in metrics.METRICS: raise unknown_name("metric", name, metrics.METRICS)
+        return names
+
+    @model_validator(mode="after")
+    def _check_together(self):
+        if self.best_by not in _DISTANCES: raise ValueError(f"best_by = {self.best_by!r} is no distance: use one of {', '.join(_DISTANCES)}")
+        n_left = self.n_points - self.n_train
+        if n_left < 20: raise ValueError(f"n_train = {self.n_train:,} of n_points = {self.n_points:,} leaves fewer than 20 points to compare with")
+        return self
+
 # %% ../nbs/25_wgan.ipynb #61ad0c85
-class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class WGANConfig(_Checked):
     "Everything that decides a training; two equal configurations give equal histories on one machine"
 
     noise: Literal["normal", "uniform", "quantum", "shadow", "map"] = "quantum"  # Where the latent numbers come from
@@ -78,47 +123,6 @@ class WGANConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     memory_limit: int | str | None = None  # Logical bytes of one pass through the noise, and of one metric; None for what is left, and 50 MB
     device: str = "cpu"  # Where the networks are: "cuda" for a graphics card (written, and not yet run on one)
     out_dir: str | None = None  # Where checkpoints and results go; None writes nothing
-
-    def __init__(self, **settings):
-        try: super().__init__(**settings)
-        except ValidationError as error: raise invalid_field(error, type(self).model_fields) from None
-
-    @field_validator("memory_limit")
-    @classmethod
-    def _check_limit(cls, limit): return limit if limit is None or read_limit(limit) else None
-
-    @field_validator("hidden", "critic_hidden", "predictor_hidden")
-    @classmethod
-    def _check_hidden(cls, hidden):
-        if min(hidden) < 1: raise ValueError("a layer is at least 1 wide")
-        return hidden
-
-    @field_validator("device")
-    @classmethod
-    def _check_device(cls, device):
-        if device.partition(":")[0] not in ("cpu", "cuda"): raise ValueError(f"{device!r} is neither 'cpu' nor 'cuda'")
-        if device != "cpu" and not torch.cuda.is_available(): raise ValueError("torch sees no graphics card here: use 'cpu'")
-        return device
-
-    @field_validator("target")
-    @classmethod
-    def _check_target(cls, target):
-        if target not in TARGETS and not target.endswith(".csv"): raise unknown_name("target", target, [*TARGETS, "a file that ends in .csv"])
-        return target
-
-    @field_validator("metrics", "best_by")
-    @classmethod
-    def _check_metrics(cls, names):
-        for name in (names,) if isinstance(names, str) else names or ():
-            if name not in metrics.METRICS: raise unknown_name("metric", name, metrics.METRICS)
-        return names
-
-    @model_validator(mode="after")
-    def _check_together(self):
-        if self.best_by not in _DISTANCES: raise ValueError(f"best_by = {self.best_by!r} is no distance: use one of {', '.join(_DISTANCES)}")
-        n_left = self.n_points - self.n_train
-        if n_left < 20: raise ValueError(f"n_train = {self.n_train:,} of n_points = {self.n_points:,} leaves fewer than 20 points to compare with")
-        return self
 
     @classmethod
     def profile(

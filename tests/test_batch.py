@@ -382,7 +382,6 @@ def no_helpers_left():
     resource_tracker._resource_tracker._stop()
 
 
-@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker(notebook, tmp_path, no_helpers_left):
     "Dask: a worker is killed in the middle of a run; another one takes the run over, and nothing is left behind"
     distributed = pytest.importorskip("distributed")

@@ -11,6 +11,7 @@ import nbformat
 import psutil
 import pytest
 
+from gausssafe import warm
 from gausssafe.batch import run_batch
 from gausssafe.guard import clear_leftovers
 from gausssafe.settings import BatchSpec
@@ -113,7 +114,6 @@ def test_a_process_with_threads_is_no_parent(tmp_path, notebook):
 
 
 def test_a_parent_that_is_killed_is_replaced(tmp_path):
-    from gausssafe import warm
     with open(tmp_path / "log", "ab") as log:
         def spawn(): return warm.spawn_warm(("json",), "gausssafe.warm:_compute", log, dict(os.environ))
         assert spawn().wait(20) == 0
@@ -164,7 +164,6 @@ def test_what_a_fork_would_inherit_or_lose_is_no_parent(module, source, told):
 
 def test_a_parent_whose_module_is_edited_is_replaced_and_its_children_run_on(module, tmp_path):
     "Also a module that the named one imports; a module may print, and start a process that ends"
-    from gausssafe import warm
     module("inner", "import subprocess\nsubprocess.Popen(['true'])\nprint('loud')\ndef nap(): import time; time.sleep(1); return 5")
     module("outer", "import inner")
     with open(tmp_path / "log", "ab") as log:
@@ -199,7 +198,6 @@ def test_imports_that_last_can_be_stopped(module):
 
 
 def test_imports_that_were_shot_at_are_tried_again(module, tmp_path):
-    from gausssafe import warm
     seen = tmp_path / "seen"
     module("slow", f"import pathlib, time\nseen = pathlib.Path({str(seen)!r})\nwas = seen.exists()\nseen.touch()\nif not was: time.sleep(60)")
     with open(os.devnull, "ab") as log, ThreadPoolExecutor(1) as pool:
