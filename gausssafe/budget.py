@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from .errors import InvalidInput, MemoryBudgetExceeded, TimeLimitExceeded
 from .memory import MemoryMonitor, count_tensor_bytes, memory_left_bytes, read_limit, release_memory
+from .progress import ProgressBar
 from .units import format_bytes, format_duration, parse_duration
 
 # %% ../nbs/11_budget.ipynb #09f52da6
@@ -261,7 +260,7 @@ def find_batch_size(
     try: timeout_s = parse_duration(timeout_s)
     except ValueError as error: raise InvalidInput(f"timeout_s: {error}") from None
     limit_bytes, rows = read_limit(limit, "limit"), []
-    with tqdm(desc="batch size", unit=" sizes", delay=5, leave=False) as bar:
+    with ProgressBar(desc="batch size", unit="sizes", delay=5) as bar:
         for batch in _sizes(start, max_batch):
             bar.set_postfix_str(str(batch), refresh=False)
             rows.append(_next_row(step, batch, rows, limit_bytes, timeout_s))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from .errors import InvalidInput
+from .progress import ProgressBar
 from .response import permute_labels
 
 # %% ../nbs/37_clusters.ipynb #a4535634
@@ -118,10 +118,11 @@ def find_clusters(
     labels, strata = classes.loc[table.index].to_numpy(), pd.factorize(table.kind + " " + table.n_params.astype(str))[0]
     X = normal_scores(table[list(FEATURES)].assign(curvature=table.curvature / table.n_params))
     maps = []
-    for i in tqdm(range(1 + n_maps), desc="maps", unit=" maps", delay=2, leave=False):
-        shuffled = X if not i else np.column_stack([rng.permutation(column) for column in X.T])
-        points = _map(shuffled, n_neighbors, seed + i)
-        maps.append((points, clusters := _dense(points, eps, min_samples), _cluster_silhouette(points, clusters)))
+    with ProgressBar(range(1 + n_maps), desc="maps", unit="maps") as bar:
+        for i in bar:
+            shuffled = X if not i else np.column_stack([rng.permutation(column) for column in X.T])
+            points = _map(shuffled, n_neighbors, seed + i)
+            maps.append((points, clusters := _dense(points, eps, min_samples), _cluster_silhouette(points, clusters)))
     (points, clusters, silhouette), *nulls = maps
     unseen = [i for i, name in enumerate(FEATURES) if name not in _RULES[rule]]
     own, permuted = _class_silhouettes(X[:, unseen], labels, strata, n_permutations, rng)

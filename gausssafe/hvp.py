@@ -21,11 +21,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from tqdm import tqdm
 
 from .budget import MemoryBudget, fit_memory_model
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite, RunFailed
 from .memory import count_tensor_bytes
+from .progress import ProgressBar
 from .twice import TwiceDifferentiable, gathered_ends
 from .units import format_bytes
 
@@ -700,7 +700,7 @@ class _Operator(_Planner):
     def _sum(self, rows):
         "(n H V, samples, their summed loss, plans, peak bytes) of this process' data"
         out, n_seen, loss, plans, peak_bytes = None, 0, 0.0, [], 0
-        with tqdm(total=_count(self.data), desc=f"{len(rows)} products", unit=" samples", delay=2, leave=False) as bar:
+        with ProgressBar(total=_count(self.data), desc=f"{len(rows)} products", unit="samples") as bar:
             for x, y in self._batches():
                 plans.append(self._planned(len(rows), x, y, not rows[0].is_contiguous()))
                 if out is None: out = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)

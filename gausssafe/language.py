@@ -20,11 +20,11 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from .hvp import _capped, _OverLimit, _probe
 from .memory import count_tensor_bytes, read_limit
+from .progress import ProgressBar
 from .units import format_bytes
 
 # %% ../nbs/33_language.ipynb #ef3c1709
@@ -234,7 +234,7 @@ def train_lm(
     _backward(model.train(), longest[:1], 1)  # So that the gradients are there before the probes
     chunk, predicted_bytes = _largest_chunk(lambda n: _backward(model, longest[-n:], n), len(longest), len(longest[-1]), memory_limit, "training on")
     losses, peak_bytes = [], None
-    with tqdm(total=epochs, desc="training", unit=" epochs", delay=2, leave=False) as bar:
+    with ProgressBar(total=epochs, desc="training", unit="epochs") as bar:
         for _ in range(epochs):
             order, total = torch.randperm(len(rows), generator=generator).split(batch_size), 0.0
             for batch in order:
@@ -288,10 +288,11 @@ def _apply(model, rows, use, chunk, memory_limit, what):
     predicted_bytes, peak_bytes, results = None, None, {}
     if chunk is None:
         chunk, predicted_bytes = _largest_chunk(lambda n: piece(order[:n]), len(rows), len(rows[order[0]]), memory_limit, what)
-    for start in tqdm(range(0, len(rows), chunk), desc=what, unit=" pieces", delay=2, leave=False):
-        found, counted = _counted(lambda: piece(order[start:start + chunk]), start == 0 and predicted_bytes)  # noqa: B023
-        peak_bytes = counted or peak_bytes
-        results |= dict(zip(order[start:start + chunk], found.unbind(1), strict=True))
+    with ProgressBar(range(0, len(rows), chunk), desc=what, unit="pieces") as bar:
+        for start in bar:
+            found, counted = _counted(lambda: piece(order[start:start + chunk]), start == 0 and predicted_bytes)  # noqa: B023
+            peak_bytes = counted or peak_bytes
+            results |= dict(zip(order[start:start + chunk], found.unbind(1), strict=True))
     return [results[i] for i in range(len(rows))], chunk, predicted_bytes, peak_bytes
 
 # %% ../nbs/33_language.ipynb #9e47ff17

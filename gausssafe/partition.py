@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .errors import InvalidInput, NotFinite
 from .hvp import HessianOperator
 from .language import _sequences, lm_loss, lm_pairs
+from .progress import ProgressBar
 from .spectrum import Estimate, diagonal, top_eigenpairs
 
 # %% ../nbs/35_partition.ipynb #251ec52e
@@ -129,9 +129,10 @@ def squared_gradients(
     "Mean over sequences of the squared gradient of each unit"
     total, rows = np.zeros(len(units)), _sequences(sequences)
     device = params[0].device
-    for inputs, targets in tqdm(lm_pairs(rows, 1), desc=desc, unit=" sequences", delay=2, leave=False):
-        grads = torch.autograd.grad(lm_loss(model(inputs.to(device)), targets.to(device)), params)
-        total += units.sum(torch.cat([g.flatten() for g in grads]).square_())
+    with ProgressBar(lm_pairs(rows, 1), desc=desc, unit="sequences") as bar:
+        for inputs, targets in bar:
+            grads = torch.autograd.grad(lm_loss(model(inputs.to(device)), targets.to(device)), params)
+            total += units.sum(torch.cat([g.flatten() for g in grads]).square_())
     return total / len(rows)
 
 

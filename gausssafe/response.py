@@ -8,6 +8,7 @@ __all__ = ['NOISES', 'perturbed', 'permute_labels', 'strata_of', 'Responses', 'n
 
 # %% ../nbs/36_response.ipynb #3f349691
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .errors import InvalidInput
 from .language import lm_loss, lm_pairs, sequence_losses
 from .membership import _Curves, _draws, _interval
 from .memory import count_tensor_bytes
 from .partition import CLASSES, Units
+from .progress import ProgressBar
 
 # %% ../nbs/36_response.ipynb #4ef82510
 NOISES = ("relative", "absolute", "equal_norm")
@@ -148,14 +149,14 @@ def measure_responses(
 ) -> Responses:
     "Perturb each class, and controls, with common random numbers"
     if kind not in NOISES: raise InvalidInput(f"noise is one of {', '.join(NOISES)}, not {kind!r}")
-    classes, rows, losses = np.asarray(classes), [], {}
+    classes, rows, losses, started = np.asarray(classes), [], {}, time.perf_counter()
     both = [*members, *nonmembers]
     def read(): return sequence_losses(model, both, chunk=chunk, memory_limit=memory_limit).double().numpy()
     n_members = len(members)
     base = _measures(losses.setdefault("base", read()), n_members)
     peak_bytes = _peak_bytes(model, params, units, both[:chunk], kind) if chunk else None
     total = n_passes(classes, n_strengths=len(strengths), n_seeds=n_seeds, n_controls=n_controls) - 1
-    with tqdm(total=total, desc="responses", unit=" passes", delay=2, leave=False) as bar:
+    with ProgressBar(total=total, desc="responses", unit="passes") as bar:
         for s, name, control, mask in _sets(classes, strata_of(units), n_seeds, n_controls, seed):
             noise = _scaled(params, units, mask, _normals(units, 1000 * seed + s), kind)
             for strength in strengths:
@@ -165,7 +166,7 @@ def measure_responses(
                 rows.append({"class": name, "control": control, "strength": strength, "seed": s, **now, **{f"d{k}": now[k] - base[k] for k in now}})
                 bar.update()
     stacked = {key: np.stack(found) if key != "base" else found for key, found in losses.items()}
-    return Responses(pd.DataFrame(rows), base, stacked, n_members, peak_bytes, bar.format_dict["elapsed"])
+    return Responses(pd.DataFrame(rows), base, stacked, n_members, peak_bytes, time.perf_counter() - started)
 
 # %% ../nbs/36_response.ipynb #f15aa3fa
 def summarize_responses(

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from queue import Empty
 
@@ -330,6 +331,23 @@ def _conclude(nb_man, client, guard, died):
     keys = ("peak_bytes", "limit_bytes", "seconds", "containment", "exit_code", "run_id")
     nb.metadata["gausssafe"] = result | {key: known.get(key) for key in keys}
 
+# %% ../nbs/62_runner.ipynb #3c6e0076
+def _on_screen(line):
+    "What a terminal shows of a line: each carriage return begins it anew, over what is there"
+    shown = ""
+    for part in line.split("\r"): shown = part + shown[len(part):]
+    return shown if shown == line else shown.rstrip()
+
+
+def _join_streams(outputs):
+    "Pieces of text that follow each other become one; what left nothing to see goes"
+    joined = []
+    for name, pieces in groupby(outputs, lambda output: output.name if output.output_type == "stream" else None):
+        if name is None: joined += pieces
+        elif text := "\n".join(map(_on_screen, "".join(piece.text for piece in pieces).split("\n"))):
+            joined.append(nbformat.v4.new_output("stream", name=name, text=text))
+    return joined
+
 # %% ../nbs/62_runner.ipynb #2a31079b
 def _note_cell_costs(nb, guard):
     "Every executed cell carries its seconds, its peak and its growth"
@@ -368,6 +386,8 @@ class GuardEngine(NBClientEngine):
                                    log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)
             died = _execute(client)
         status = client.guard.read_status()
+        for cell in nb_man.nb.cells:
+            if cell.get("outputs"): cell.outputs = _join_streams(cell.outputs)
         _note_cell_costs(nb_man.nb, status)
         _conclude(nb_man, client, status, died)
         if outcome is not None: outcome["guard"] = status

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .budget import MemoryBudget
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from .memory import read_limit
+from .progress import ProgressBar
 from .units import format_bytes
 
 # %% ../nbs/31_spectrum.ipynb #e363eda8
@@ -194,7 +194,7 @@ def top_eigenpairs(
     size = min(matrix.d, max(basis_size or 4 * k + 20, k + 2))
     size = matrix.room(size + k + 2, min(matrix.d, k + 3) + k + 2, "the Lanczos basis") - k - 2
     state = _State(checkpoint, matrix, k=k, which=which, seed=seed, basis_size=size)
-    with matrix.reserve(size + k + 1), tqdm(total=None, desc="Lanczos", unit=" products", delay=2, leave=False) as bar:
+    with matrix.reserve(size + k + 1), ProgressBar(desc="Lanczos", unit="products") as bar:
         lanczos, saved = _Lanczos(matrix, size, state.load()), state.load()
         _resume(lanczos, bool(saved), seed)
         while True:
@@ -308,7 +308,7 @@ def trace(
     n_basis = matrix.room(n_products // 2, 0, "the basis")
     if n_basis < n_products // 2: n_basis = min(n_basis, n_products // 3)
     state = _State(checkpoint, matrix, n_products=n_products, seed=seed, n_basis=n_basis)
-    with matrix.reserve(n_basis), tqdm(total=n_products, desc="trace", unit=" products", delay=2, leave=False) as bar:
+    with matrix.reserve(n_basis), ProgressBar(desc="trace", unit="products", total=n_products) as bar:
         basis = torch.zeros(n_basis, matrix.d, dtype=matrix.dtype, device=matrix.device)
         R = _range_basis(matrix, basis, seed, state, bar)
         H = _projected(matrix, basis, bar)
@@ -371,7 +371,7 @@ def diagonal(
     n_basis = max(0, matrix.room(n_products // 3 + 3, 3, "the diagonal") - 3)
     n_probes = n_products - 2 * n_basis
     state = _State(checkpoint, matrix, n_products=n_products, seed=seed, n_basis=n_basis)
-    with matrix.reserve(n_basis + 3), tqdm(total=n_products, desc="diagonal", unit=" products", delay=2, leave=False) as bar:
+    with matrix.reserve(n_basis + 3), ProgressBar(desc="diagonal", unit="products", total=n_products) as bar:
         basis = torch.zeros(n_basis, matrix.d, dtype=matrix.dtype, device=matrix.device)
         total, squares, known = torch.zeros(3, matrix.d, dtype=matrix.dtype, device=matrix.device)
         _range_basis(matrix, basis, seed, state, bar)
@@ -452,7 +452,7 @@ def spectral_density(
     state, rules = _State(checkpoint, matrix, n_probes=n_probes, n_steps=n_steps, seed=seed), []
     saved = state.load()
     rules = list(saved.get("rules", []))
-    with tqdm(total=n_probes * n_steps, desc="density", unit=" products", delay=2, leave=False) as bar:
+    with ProgressBar(desc="density", unit="products", total=n_probes * n_steps) as bar:
         while len(rules) < n_probes:
             group = _density_group(matrix, min(n_probes - len(rules), N_COLUMNS))
             with matrix.reserve(2 * group): rules += _quadrature(matrix, range(len(rules), len(rules) + group), n_steps, seed, bar)

@@ -11,9 +11,11 @@ import nbformat
 import papermill
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gausssafe.errors import InvalidInput, MemoryLimitExceeded, RunFailed, TimeLimitExceeded
-from gausssafe.runner import run_notebook
+from gausssafe.runner import _on_screen, run_notebook
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -179,6 +181,30 @@ if os.fork() == 0:
         time.sleep(300)
     os._exit(0)
 """
+
+
+def test_bars_leave_what_a_screen_would_show(run):
+    bar = "import sys\nfrom tqdm import tqdm\nfor _ in tqdm(range(200), mininterval=0, desc='kept'): print('x' * (_ == 199), end='')"
+    gone = "for _ in tqdm(range(200), mininterval=0, leave=False): pass"
+    mixed = "print('before')\ndisplay(1)\nprint('after')\nprint('3', end='\\r', flush=True)\nprint('2\\b')"
+    kept, none, both = (cell.outputs for cell in saved(run(bar, gone, mixed)).cells)
+    assert {output.name for output in kept} == {"stderr", "stdout"} and "".join(o.text for o in kept if o.name == "stdout") == "x"
+    drawn = "".join(o.text for o in kept if o.name == "stderr")
+    assert drawn.startswith("kept: 100%") and drawn.count("kept") == 1 and len(kept) < 4 and none == []
+    assert [output.get("text") for output in both] == ["before\n", None, "after\n2\b\n"]
+
+
+@given(st.text("ab \r\n", max_size=30))
+def test_a_screen_overwrites(text):
+    grid, row, column = {}, 0, 0
+    for sign in text:
+        if sign == "\n": row, column = row + 1, 0
+        elif sign == "\r": column = 0
+        else: grid[row, column], column = sign, column + 1
+    rows = ["".join(grid[r, c] for c in range(sum(1 for i, _ in grid if i == r))) for r in range(row + 1)]
+    found = [_on_screen(line) for line in text.split("\n")]
+    assert [line.rstrip() for line in found] == [line.rstrip() for line in rows]
+    assert all(line == before for line, before in zip(found, text.split("\n"), strict=True) if "\r" not in before)
 
 
 def test_nothing_outlives_a_clean_run(run):
