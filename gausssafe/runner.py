@@ -126,9 +126,6 @@ def raise_for_status(
     error.__dict__.update(record=record, cell_index=record.cell_index, peak_bytes=record.peak_bytes, limit_bytes=record.limit_bytes)
     raise error
 
-# %% ../nbs/62_runner.ipynb #74f25a2b
-#| export
-
 # %% ../nbs/62_runner.ipynb #9ade40fb
 def notebook_parameters(
     nb: NotebookNode,  # A notebook

@@ -72,6 +72,11 @@ def test_parameters_tag_survives_cleaning():
         assert len(tagged) == 1, f"{path.name} needs one cell tagged parameters"
 
 
+def test_no_cell_exports_nothing():
+    "nbdev 2 and 3 disagree on what that is"
+    assert [path.name for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells if cell.source.strip() == "#| export"] == []
+
+
 def test_quarto_file_is_linked():
     assert (ROOT / "nbs/_quarto.yml").is_symlink() and (ROOT / "nbs/_quarto.yml").resolve() == ROOT / "_quarto.yml"
 
