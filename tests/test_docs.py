@@ -117,7 +117,7 @@ def test_building_changes_nothing_else(site): assert site.after == site.before
 def test_every_notebook_has_its_page(site):
     assert set(site.pages) == {"index.html", "units.html", "errors.html", "shapes.html", "experiments/study.html"}
     assert "units Foundations" not in site.pages["shapes.html"].text
-    assert "home Foundations units errors Architecture search shapes Experiments study" in site.pages["shapes.html"].text
+    assert "home Experiments study Foundations units errors Architecture search shapes" in site.pages["shapes.html"].text
 
 
 def test_every_link_leads_somewhere(site):

@@ -22,7 +22,10 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["Foundations", "Memory", "Quantum noise", "Curvature", "Architecture search", "Figures", "Guarded runs", "Commands"]
+GROUPS = {"Foundations": range(10), "Memory": range(10, 12), "Circuits": (*range(12, 20), 22, 27), "GANs": range(20, 29), "Curvature": range(29, 32),
+          "Privacy": range(32, 40), "Architecture search": range(40, 50), "Figures": range(50, 57), "Guarded runs": range(57, 70),
+          "Commands": range(70, 80)}  # By the number of the notebook; the first that fits
+ORDER = ["", "Tutorials", "Experiments", *GROUPS]
 FORMAT = "markdown-smart-citations-subscript-superscript-implicit_figures+lists_without_preceding_blankline+autolink_bare_uris"
 OPTIONS = [f"--template={ROOT / 'tools/docs.html'}", "--mathml", "--toc", "--wrap=preserve"]
 IMAGES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
@@ -91,7 +94,7 @@ class Page:
     @property
     def group(self) -> str:
         if "/" in self.name: return self.name.partition("/")[0].capitalize()
-        return LAYERS[6 if self.name[:2] in ("58", "59") else int(self.name[0])] if self.name[0].isdigit() else ""
+        return next(group for group, numbers in GROUPS.items() if int(self.name[:2]) in numbers) if self.name[0].isdigit() else ""
 
 
 def read_page(path: Path, name: str, folder: Path) -> Page:
@@ -170,8 +173,8 @@ def build(project: Path, site: Path) -> list[str]:
     "Write the site into the current folder's `site`, and return its broken links"
     proc = process(project, Path.cwd())
     shutil.copytree(proc, site, ignore=shutil.ignore_patterns("*.ipynb", "*.yml"))
-    names = sorted((p.relative_to(proc).as_posix() for p in proc.rglob("*.ipynb")), key=lambda n: ("/" in n, n[0].isdigit(), n != "index.ipynb", n))
-    pages = [read_page(proc / name, name, site) for name in names]
+    names = sorted((p.relative_to(proc).as_posix() for p in proc.rglob("*.ipynb")), key=lambda n: (n != "index.ipynb", n))
+    pages = sorted((read_page(proc / name, name, site) for name in names), key=lambda page: ORDER.index(page.group))
     for page in pages: page.html = render(page, pages)
     (site / "search.js").write_text(f"window.SECTIONS = {json.dumps([s for page in pages for s in sections(page)])}\n")
     with contextlib.chdir(site): broken = [link for page in pages for link in relink(page, pages, project)]
