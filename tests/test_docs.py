@@ -2,6 +2,7 @@
 import ast
 import base64
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from nbdev.showdoc import show_doc
 from nbformat import read, v4, write
+
+from gausssafe.wgan import WGANConfig
 
 pytest.importorskip("pypandoc", reason="the docs extra is not installed")
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,6 +197,16 @@ def test_building_the_site_runs_no_examples(path):
         tree = ast.parse(cell.source)
         with_import = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
         assert not with_import or all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body), cell.source
+
+
+def test_settings_are_shown_as_they_are_written():
+    "Where nbdev has only `**data`"
+    docs = runpy.run_path(str(ROOT / "tools/docs.py"))
+    shown = docs["show_doc"](show_doc(WGANConfig)._repr_markdown_())
+    assert "class WGANConfig(\n    noise: Literal[" in shown and "**settings" not in shown
+    assert [line for line in shown.splitlines() if "n_critic" in line] == [
+        "    n_critic: int = Field(5, ge=1)  # Critic steps for each of the generator"]
+    assert all(f"    {name}: " in shown for name in WGANConfig.model_fields)
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 nbdev runs the imports and the exported cells and writes each name's documentation; pandoc makes pages of what is left.
 No quarto, no network, and nothing is written beside the notebooks: all work is done in a temporary copy.
 """
+import ast
 import base64
 import contextlib
+import importlib
+import inspect
 import json
 import posixpath
 import re
@@ -14,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from html import escape, unescape
 from pathlib import Path
+from textwrap import dedent
 from urllib.parse import unquote
 
 import pypandoc
@@ -29,6 +33,7 @@ ORDER = ["", "Tutorials", "Experiments", *GROUPS]
 FORMAT = "markdown-smart-citations-subscript-superscript-implicit_figures+lists_without_preceding_blankline+autolink_bare_uris"
 OPTIONS = [f"--template={ROOT / 'tools/docs.html'}", "--mathml", "--toc", "--wrap=preserve"]
 IMAGES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
+SETTINGS = re.compile(r"(?P<before>(?P<module>\w+/\w+)\.py#.*?)def (?P<name>\w+)\(\n *\*\*(settings|data\S*)\n\)(->None)?:", re.S)
 UNSEEN = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^.*\r(?!\n)", re.M)  # Colours, and what a progress bar wrote over
 
 
@@ -46,8 +51,20 @@ def fence(text: str, attributes: str) -> str:
     return f"{ticks} {{{attributes}}}\n{UNSEEN.sub('', text).rstrip()}\n{ticks}"
 
 
+def settings(doc: re.Match) -> str:
+    "A pydantic class as its fields are written, comments and all, those of its bases first; nbdev would show `**data`"
+    fields, cls = [], getattr(importlib.import_module(doc["module"].replace("/", ".")), doc["name"])
+    if not isinstance(cls, type): return doc[0]
+    for base in reversed([base for base in cls.__mro__ if base.__module__.partition(".")[0] == cls.__module__.partition(".")[0]]):
+        source = dedent(inspect.getsource(base))
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign): fields += source.splitlines()[node.lineno - 1:node.end_lineno]
+    return "\n".join([f"{doc['before']}class {doc['name']}(", *fields, ")"])
+
+
 def show_doc(text: str) -> str:
     "nbdev links names in signatures too, where markdown is not read, and calls the notebook's own classes `__main__`: take that out"
+    text = SETTINGS.sub(settings, text)
     return re.sub(r"^```.*?^```", lambda code: re.sub(r"\[(`[^`]+`)\]\([^)]*\)|\b__main__\.", r"\1", code[0]), text, flags=re.M | re.S)
 
 
