@@ -8,9 +8,10 @@ __all__ = ['ExecutionPlan', 'ShotPlan', 'compile_circuit', 'check_readable', 'Qu
 # %% ../nbs/22_circuits.ipynb #0e8152a5
 import inspect
 import math
+import operator
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -51,19 +52,26 @@ def _applied(function, *args):
     "A function of autograd, with a word of advice where functorch asks for more than it has"
     try: return function.apply(*args)
     except RuntimeError as error:
-        if "functorch" not in str(error): raise
+        if not any(sign in str(error) for sign in ("functorch", "jvp")): raise
         raise InvalidInput("a compiled circuit takes whole batches and torch.autograd; torch.func (vmap, grad, jacrev, ...) cannot look into it. "
                            "Call it on the batch itself, and use torch.autograd.grad or torch.autograd.functional.jacobian.") from error
 
 # %% ../nbs/22_circuits.ipynb #2487475b
-def _limits(circuit, latents, batched):
-    "The largest magnitude each entry may have"
-    largest = float(np.finfo(np.float64).max)
-    names = [name for name in circuit.shapes if (name in circuit.per_sample) == batched]
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+def _domains(circuit):
+    "The largest magnitude of each element of each argument: 1 where the circuit takes the arcsine"
+    found = {name: np.full(math.prod(shape), _LARGEST) for name, shape in circuit.shapes.items()}
+    for recipe in circuit.recipes:
+        if recipe is not None and recipe.arcsin: found[recipe.source][int(recipe.index)] = 1.0
+    return found
+
+
+def _limits(circuit, domains, batched):
+    "The same, of the entries with or without a batch"
     tangled = sum(r is None and s == batched for r, s in zip(circuit.recipes, circuit.per_slot_sample, strict=True))
-    return np.concatenate(
-        [np.full(math.prod(circuit.shapes[name]), 1.0 if name in latents else largest) for name in names] + [np.full(tangled, largest)]
-    )
+    return np.concatenate([own for name, own in domains.items() if (name in circuit.per_sample) == batched] + [np.full(tangled, _LARGEST)])
 
 # %% ../nbs/22_circuits.ipynb #776713cd
 def _check_finite(name, tensor):
@@ -72,11 +80,12 @@ def _check_finite(name, tensor):
         raise NotFinite(what=name, n_bad=bad, n_total=tensor.numel())
 
 
-def _check_latents(name, tensor):
-    outside = int((tensor.abs() > 1).sum())
+def _check_latents(name, tensor, domain):
+    latents = tensor.reshape(-1, domain.size)[:, torch.from_numpy(domain == 1.0)].abs()
+    outside = int((latents > 1).sum())
     if outside:
         raise InvalidInput(
-            f"{outside} of {tensor.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(tensor.abs().max()):.9g}), "
+            f"{outside} of {latents.numel()} values of {name} lie outside [-1, 1] (largest magnitude {float(latents.max()):.9g}), "
             "and the circuit takes their arcsine. Scale or clamp them first."
         )
 
@@ -118,8 +127,8 @@ class ExecutionPlan:
         tangled = [sample for recipe, sample in zip(circuit.recipes, circuit.per_slot_sample, strict=True) if recipe is None]
         self._sampled = (*self._batched.values(), *tangled)  # whether each argument, then each tangled angle, has a batch
         self._rows = _rows([math.prod(shape) for shape in circuit.shapes.values()] + [1] * len(tangled), self._sampled)
-        self._latents = {r.source for r in circuit.recipes if r is not None and r.arcsin}
-        self._limits = _limits(circuit, self._latents, True), _limits(circuit, self._latents, False)
+        self._domains = _domains(circuit)
+        self._limits = _limits(circuit, self._domains, True), _limits(circuit, self._domains, False)
         self._bound = self._engine.bind(tables, self._limits)
         self.n_results, self._layouts, self._read_again = self._engine.read.rows[-1][1], {}, 0.0
 
@@ -161,8 +170,9 @@ class ExecutionPlan:
 
     def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> int:
         "Logical bytes beyond inputs and outputs of a forward and backward pass, without running it"
-        tile, keep = _layout(self, batch, dtype.itemsize, True)
-        return self._engine.bytes(batch, dtype.itemsize, tile, keep)
+        if type(batch) is not int or batch < 1: raise InvalidInput(f"batch is a number of samples, at least 1, not {batch!r}.")
+        piece, tile, keep = _layout(self, batch, dtype.itemsize, True)
+        return self._engine.bytes(piece, dtype.itemsize, tile, keep)
 
     def explain(self) -> str:
         "How the plan works, in a few lines"
@@ -187,8 +197,7 @@ def _complain(plan, tensors):
     "An engine met a number that cannot be: find it and say so"
     for name, tensor in zip(plan._batched, tensors, strict=False):
         _check_finite(name, tensor)
-        if name in plan._latents:
-            _check_latents(name, tensor)
+        _check_latents(name, tensor, plan._domains[name])
     raise NotFinite(what="the circuit's angles", n_bad=1, n_total=len(plan.circuit.recipes))
 
 
@@ -234,11 +243,13 @@ def _split(plan, of_shared, of_samples, tensors, needed):
 
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
 def _layout(plan, batch, itemsize, needs_grad, engine=None, device=_CPU):
-    "(lanes of a tile, keep the last states) for a batch"
+    "(samples at a time, lanes of a tile, keep the last states) for a batch"
     if plan.limit_bytes is None and time.monotonic() > plan._read_again: plan._layouts, plan._read_again = {}, time.monotonic() + 1
     key = batch, itemsize, needs_grad, device
     if key not in plan._layouts:
-        plan._layouts[key] = _new_layout(engine or plan._engine, plan.circuit.n_wires, _left(plan.limit_bytes, device), batch, itemsize, needs_grad)
+        limit = _left(plan.limit_bytes, device)
+        piece = batch if engine else _piece(plan._engine, limit, batch, itemsize)
+        plan._layouts[key] = _new_layout(engine or plan._engine, plan.circuit.n_wires, limit, batch, piece, itemsize, needs_grad)
     return plan._layouts[key]
 
 
@@ -248,10 +259,16 @@ def _left(limit_bytes, device):
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _new_layout(engine, n_wires, limit, batch, itemsize, needs_grad):
-    tile = engine.tile(batch, itemsize, limit)
+def _piece(engine, limit, batch, itemsize):
+    "Samples at a time: all, or, where not even their angles fit, as many as leave half of the room to states"
+    if engine.tile(batch, itemsize, limit): return batch
+    return max(1, (limit - engine.bytes(1, itemsize, 1, False)) // (2 * max(1, engine.batch_bytes(itemsize))))
+
+
+def _new_layout(engine, n_wires, limit, batch, piece, itemsize, needs_grad):
+    tile = engine.tile(piece, itemsize, limit)
     if not tile: _refuse(engine, n_wires, limit, batch, itemsize)
-    return tile, needs_grad and engine.bytes(batch, itemsize, tile, True) <= limit
+    return piece, tile, needs_grad and piece == batch and engine.bytes(batch, itemsize, tile, True) <= limit
 
 
 def _refuse(engine, n_wires, limit, batch, itemsize):
@@ -269,14 +286,47 @@ def _refuse(engine, n_wires, limit, batch, itemsize):
 
 # %% ../nbs/22_circuits.ipynb #e9cb83f1
 def _forward(plan, values, numbers, needs_grad):
-    tile, keep = _layout(plan, values.shape[1], values.dtype.itemsize, needs_grad)
+    piece, tile, keep = _layout(plan, values.shape[1], values.dtype.itemsize, needs_grad)
+    if piece < values.shape[1]: return _in_pieces(plan, values, numbers, piece)
     channels, saved = plan._engine.run(plan._bound, values, numbers, tile, keep)
     return results_from(plan._engine.read, plan._kinds, channels), saved
 
 
 def _backward(plan, saved, grad, samples_too):
+    if isinstance(saved, _Pieces): return _pieces_back(plan, saved, grad, samples_too)
     grad = np.ascontiguousarray(grad, dtype=saved.values.dtype)
     return plan._engine.run_back(saved, channels_from(plan._engine.read, plan._kinds, grad), samples_too)
+
+# %% ../nbs/22_circuits.ipynb #5575c73e
+@dataclass(frozen=True)
+class _Pieces:
+    "A forward pass of which nothing is kept but its input"
+    values: np.ndarray  # (n_entries, batch)
+    numbers: np.ndarray  # (n_entries,)
+    size: int  # Samples of a piece
+    fine: bool
+
+    def slices(self): return [slice(first, first + self.size) for first in range(0, self.values.shape[1], self.size)]
+
+
+def _in_pieces(plan, values, numbers, size):
+    results, fine = np.empty((plan.n_results, values.shape[1]), values.dtype), True
+    for part in _Pieces(values, numbers, size, True).slices():
+        results[:, part], saved = _forward(plan, values[:, part], numbers, False)
+        fine = fine and saved.fine
+        del saved  # Whose workspace the next piece takes
+    return results, _Pieces(values, numbers, size, fine)
+
+
+def _pieces_back(plan, saved, grad, samples_too):
+    of_shared, of_samples = 0.0, np.empty_like(saved.values) if samples_too else None
+    for part in saved.slices():
+        _, again = _forward(plan, saved.values[:, part], saved.numbers, True)
+        shared, own = _backward(plan, again, grad[:, part], samples_too)
+        of_shared = of_shared + shared
+        if samples_too: of_samples[:, part] = own
+        del again
+    return of_shared, of_samples
 
 # %% ../nbs/22_circuits.ipynb #3d8bd292
 def _on_device(plan, tensors):  # (batch, n_results)
@@ -287,7 +337,7 @@ def _on_device(plan, tensors):  # (batch, n_results)
     values, numbers = _columns_of(samples, batch, tensors[0]), _columns_of(shared, 1, tensors[0])[:, 0]
     limits = [torch.from_numpy(limit).to(tensors[0]) for limit in plan._limits]
     if not bool((values.abs() <= limits[0][:, None]).all() & (numbers.abs() <= limits[1]).all()): _complain(plan, tensors)
-    tile, _ = _layout(plan, batch, values.dtype.itemsize, True, engine, device)
+    _, tile, _ = _layout(plan, batch, values.dtype.itemsize, True, engine, device)
     channels = _applied(Evolve, engine, tile, batch, angles_of(tables[0], numbers), angles_of(tables[1], values))
     return tensor_results(engine.read, plan._kinds, channels).T
 
@@ -500,12 +550,26 @@ def compile_circuit(
     "Compile a circuit once, to run it on batches"
     if engine not in ("auto", *ENGINES):
         raise InvalidInput(f"engine {engine!r} is unknown: use {', '.join(map(repr, ('auto', *ENGINES)))}.")
-    shapes = {name: (shape,) if isinstance(shape, int) else tuple(shape) for name, shape in shapes.items()}
-    circuit = trace(function, shapes, per_sample=tuple(name for name in per_sample if name in shapes))
+    shapes = {name: _dimensions(name, shape) for name, shape in shapes.items()}
+    circuit = trace(function, shapes, per_sample=_with_batch(per_sample, shapes))
     if shots is not None:
         circuit = replace(circuit, shots=check_shots(shots))
     check_readable(circuit)
     return (ShotPlan if circuit.shots else ExecutionPlan)(circuit, None if memory_limit is None else read_limit(memory_limit), engine)
+
+
+def _dimensions(name, shape):
+    try: found = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
+    except TypeError: found = (0,)
+    if min(found, default=1) < 1: raise InvalidInput(f"the shape of {name} is a whole number or several, each at least 1, not {shape!r}.")
+    return found
+
+
+def _with_batch(per_sample, shapes):
+    names = (per_sample,) if isinstance(per_sample, str) else tuple(per_sample)
+    unknown = [name for name in names if name not in shapes and names != ("inputs",)]
+    if unknown: raise InvalidInput(f"per_sample names {', '.join(unknown)}, but the arguments are {', '.join(shapes)}.")
+    return tuple(name for name in names if name in shapes)
 
 
 def check_readable(circuit: Circuit):
@@ -528,20 +592,23 @@ class QuantumLayer(torch.nn.Module):
         self,
         qnode: Callable,  # Its argument `inputs` takes the features of one sample
         weight_shapes: dict[str, tuple[int, ...] | int],  # For every other argument
-        *,
         init_method: Callable | dict | None = None,  # As for TorchLayer: an initializer, or initializers and tensors by name
+        *,
         memory_limit: str | int | None = None,  # Logical bytes beyond inputs and outputs; None: what is left
     ):
         super().__init__()
         _check_signature(qnode, weight_shapes)
+        if memory_limit is not None: read_limit(memory_limit)
         self.qnode, self.memory_limit, self._plans = qnode, memory_limit, {}
-        self.shapes = {name: (() if shape == 1 else (shape,)) if isinstance(shape, int) else tuple(shape) for name, shape in weight_shapes.items()}
+        self.shapes = {name: () if shape == 1 else _dimensions(name, shape) for name, shape in weight_shapes.items()}
         for name, shape in self.shapes.items(): self.register_parameter(name, torch.nn.Parameter(_initial(name, shape, init_method)))
 
     def plan(self, n_features: int) -> ExecutionPlan:
         "The compiled circuit for so many features"
         if n_features not in self._plans:
-            self._plans[n_features] = compile_circuit(self.qnode, {"inputs": (n_features,), **self.shapes}, memory_limit=self.memory_limit)
+            plan = compile_circuit(self.qnode, {"inputs": (n_features,), **self.shapes}, memory_limit=self.memory_limit)
+            _check_numbers(plan.measurements if isinstance(plan, ShotPlan) else ())
+            self._plans[n_features] = plan
         return self._plans[n_features]
 
     @property
@@ -555,6 +622,7 @@ class QuantumLayer(torch.nn.Module):
         plan, lead = self.plan(inputs.shape[-1]), inputs.shape[:-1]
         weights = {name: getattr(self, name).to(inputs) for name in self.shapes}
         found = plan(inputs=inputs.reshape(-1, inputs.shape[-1]), **weights)
+        if found.ndim == 3: return found.reshape(*lead, *found.shape[1:]).to(inputs)
         if plan.circuit.returns == "list": return found.reshape(*lead, -1)
         if plan.circuit.returns == "one": return found.reshape(lead if found.shape[1] == 1 else (*lead, -1))
         return _stacked(found, plan.circuit.sizes, lead)
@@ -565,11 +633,23 @@ class QuantumLayer(torch.nn.Module):
 
 # %% ../nbs/22_circuits.ipynb #b860debd
 def _check_signature(qnode, weight_shapes):
-    names = set(inspect.signature(getattr(qnode, "func", qnode)).parameters)
+    parameters = inspect.signature(getattr(qnode, "func", qnode)).parameters
+    names = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     if "inputs" not in names:
         raise InvalidInput(f"the circuit must have an argument named inputs; it has {sorted(names)}.")
+    if len(names) < len(parameters): names |= set(weight_shapes)
     if names - {"inputs"} != set(weight_shapes):
         raise InvalidInput(f"weight_shapes names {sorted(weight_shapes)}, but the circuit's weights are {sorted(names - {'inputs'})}.")
+
+
+def _check_numbers(measurements):
+    "A layer passes numbers on: those of the measurements that have some, or one sample"
+    kinds = [m.kind for m in measurements]
+    strange = [kind for kind in kinds if kind not in ("expval", "probs", "shadow_expval")]
+    if not strange or kinds == ["sample"]: return
+    beside = " beside other things" * (len(kinds) > 1)
+    raise InvalidInput(f"the circuit returns {strange[0]}{beside}, which a layer cannot pass on as one tensor: call compile_circuit(...) on it, "
+                       "or return expval or probs.")
 
 
 def _stacked(found, sizes, lead):

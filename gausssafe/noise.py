@@ -281,11 +281,16 @@ class QuantumShadowNoise(_CircuitNoise):
         "Fresh shots themselves, where more than the estimates is wanted"
         return self._run(self._plan(()), z, generator=self.shot_generator)
 
-    def get_extra_state(self): return {"latents": super().get_extra_state(), "shots": self.shot_generator.get_state()}
+    def get_extra_state(self):
+        words = torch.tensor([list(word.encode()) for word in self.words], dtype=torch.uint8)
+        return {"latents": super().get_extra_state(), "shots": self.shot_generator.get_state(), "words": words}
 
     def set_extra_state(self, state):
+        words = tuple(bytes(row).decode() for row in state["words"].tolist())
+        if len(words) != len(self.words): raise InvalidInput(f"the state is of {len(words)} observables, and this noise has {len(self.words)}.")
         super().set_extra_state(state["latents"])
         self.shot_generator.set_state(state["shots"])
+        self.words = words
 
     def extra_repr(self): return f"n_qubits={self.n_qubits}, n_layers={len(self.weights)}, shots={self.shots}, words={', '.join(self.words)}"
 

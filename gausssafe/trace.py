@@ -9,6 +9,7 @@ __all__ = ['Recipe', 'argument_recipe', 'Angle', 'Gate', 'basis_gates', 'word_tu
 import math
 import operator
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class Recipe:
         "The recipe of a view: all three arrays move alike"
         parts = (operation(part, *args, **options) for part in (self.index, self.scale, self.shift))
         return Recipe(self.source, *parts, self.arcsin)
+
+    def of(self, arguments):
+        "The tensor itself"
+        found = arguments[self.source].flatten()[self.index]
+        return self.scale * (torch.arcsin(found) if self.arcsin else found) + self.shift
 
     def mapped(self, scale, shift):
         "The recipe of `scale * x + shift`"
@@ -64,14 +70,14 @@ _MOVES = {
     _aten.alias.default,
 }
 _SHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}  # Copies may lie otherwise than what they copy
-_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
+_COPIES = {_aten.clone.default, _aten.lift_fresh_copy.default}
 
 # %% ../nbs/12_trace.ipynb #9766e2f8
 def _apply(node, args):
     "The recipe of one recorded operation whose operands are recipes or numbers"
     target, first = node.target, args[0]
     _, *rest = args
-    if target in _COPIES: return first
+    if target in _COPIES or target is _aten._to_copy.default and node.kwargs.get("dtype") is torch.float64: return first
     if target is operator.getitem: return first[rest[0]]
     if target is _aten.unbind.int: return [first.moved(torch.select, *(rest or [0]), i) for i in range(first.index.shape[(rest or [0])[0]])]
     if target is _aten.index.Tensor: return first.moved(lambda part, at: part[tuple(slice(None) if i is None else i for i in at)], *rest)
@@ -110,7 +116,7 @@ def _abstract(
     found, arguments = {}, iter(recipes)
     for node in graph.graph.nodes:
         if node.op == "placeholder": found[node] = next(arguments)
-        elif node.op == "get_attr": found[node] = getattr(graph, node.target)
+        elif node.op == "get_attr": found[node] = None if (constant := getattr(graph, node.target)).requires_grad else constant
         elif node.op == "call_function": found[node] = _value(node, found)
     return found
 
@@ -224,9 +230,10 @@ def _with_plain_constants(op):
 
 
 def _depends(value):
-    "Whether a value was computed from the arguments that are being traced"
+    "Whether a value was computed from the arguments that are being traced, or wants a gradient"
     mode = get_proxy_mode()
     if mode is None or not isinstance(value, torch.Tensor): return False
+    if value.requires_grad: return True
     proxy = get_proxy_slot(value, mode.tracer, None)
     return proxy is not None and bool(_sources_cached(proxy.proxy.node, {}))
 
@@ -246,11 +253,19 @@ def _decomposition(op):
         )
     if isinstance(op, qml.operation.Channel):
         raise InvalidInput(f"{op.name} on wires {list(op.wires)} is a noise channel, and states here are pure. Use default.mixed for it.")
+    if op.name == "QubitUnitary" or not op.has_decomposition and op.has_matrix: return _from_matrix(op)
     if op.has_decomposition:
         return op.decomposition()
-    if op.has_matrix:
-        return qml.QubitUnitary(op.matrix(), wires=op.wires).decomposition()
     raise InvalidInput(f"{op.name} on wires {list(op.wires)} has neither a decomposition nor a matrix in PennyLane, so it cannot be compiled.")
+
+# %% ../nbs/12_trace.ipynb #94f6ee1e
+def _from_matrix(op):
+    import pennylane as qml
+
+    matrix = op.matrix()
+    if not _depends(matrix) and not qml.math.allclose(matrix @ qml.math.conj(matrix).T, np.eye(2 ** len(op.wires)), atol=1e-6):
+        raise InvalidInput(f"{op.name} on wires {list(op.wires)} is not unitary, so it is no gate.")
+    return (op if op.name == "QubitUnitary" else qml.QubitUnitary(matrix, wires=op.wires)).decomposition()
 
 # %% ../nbs/12_trace.ipynb #3467f627
 @dataclass(frozen=True)
@@ -315,7 +330,7 @@ def _check_measurement(m, place, device_wires):
     if kind is None:
         raise InvalidInput(
             f"{type(m).__name__} is not supported: return expval, probs, sample, counts, classical_shadow or shadow_expval (a variance is "
-                f"the expval of the square less the square of the expval)."
+                f"the expval of the square less the square of the expval; for states, purities and entropies use default.qubit)."
         )
     missing = [wire for wire in m.wires if wire not in place]
     if missing:
@@ -371,7 +386,7 @@ def _tape(function, arguments):
     tape = qml.tape.QuantumScript.from_queue(queue)
     form = "tuple" if isinstance(returned, tuple) and len(returned) > 1 else "list" if isinstance(returned, (list, tuple)) else "one"
     returned = list(returned) if isinstance(returned, (list, tuple)) else [returned]
-    if not all(isinstance(m, qml.measurements.MeasurementProcess) for m in returned):
+    if tape.operations and not returned or not all(isinstance(m, qml.measurements.MeasurementProcess) for m in returned):
         raise InvalidInput("the function must return measurements (qml.expval, qml.probs, ...), one or a list of them.")
     return tape.operations, returned, form
 
@@ -387,6 +402,10 @@ def _read(function, arguments, device_wires):
         strange = [wire for wire in op.wires if wire not in place]
         if strange: raise InvalidInput(f"{op.name} acts on wire {strange[0]}, but the device has only the wires {list(device_wires)}.")
     raw = [gate for op in operations for gate in basis_gates(op)]
+    for name, on, angle, _ in raw:
+        if math.prod(shape := tuple(getattr(angle, "shape", ()))) != 1:
+            raise InvalidInput(f"{name} on wires {list(on)} has an angle of shape {shape}, and it is one number: the function sees one sample at a "
+                               "time, so index it, inputs[0], or use qml.AngleEmbedding.")
     return raw, tuple(_measurements(m, place, device_wires or place) for m in measured), place, form
 
 
@@ -402,16 +421,30 @@ def _angles(raw):
     return [torch.as_tensor(angle, dtype=torch.float64).reshape(()) for _, _, angle, _ in raw if angle is not None]
 
 
-_LOOKS = ("the circuit looks at the value of an argument (.item(), .numpy(), if, int()), so it is not one circuit. Compute with tensors, or "
-          "compile one circuit for each case.")
+_LOOKS = ("the circuit looks at the value of an argument (.item(), .numpy(), if, int(), a coefficient of an observable), so it is not one "
+          "circuit. Compute with tensors, or compile one circuit for each case.")
+
+
+def _looking(error):
+    "The error about a value that was looked at: by an operator of PennyLane, or by the function itself"
+    import pennylane as qml
+
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    name = next((type(owner).__name__ for owner in owners if isinstance(owner, qml.operation.Operator)), None)
+    return InvalidInput(_LOOKS if name is None else f"{name} looks at the values of its parameters, so no argument can be among them. Give it "
+                        "constants, use gates with angles instead (qml.AngleEmbedding, qml.Rot), or leave this circuit on default.qubit.")
+
+
+class _Looked(Exception):
+    "A value left torch"
 
 
 class _Watch(torch.overrides.TorchFunctionMode):
     "Sees values leave for numpy, where a trace cannot follow"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in _ESCAPES and _depends(args[0]): raise InvalidInput(_LOOKS)
-        if function is torch.Tensor.__getitem__ and any(_depends(i) and i.dtype == torch.bool for i in _tensors(args[1])): raise InvalidInput(_LOOKS)
+        if function in _ESCAPES and _depends(args[0]): raise _Looked
+        if function is torch.Tensor.__getitem__ and any(_depends(i) and i.dtype == torch.bool for i in _tensors(args[1])): raise _Looked
         return function(*args, **(kwargs or {}))
 
 
@@ -434,19 +467,48 @@ def _record(function, shapes, device_wires):
         return _angles(kept[0])
 
     try:
-        graph = make_fx(all_angles)(*_examples(shapes, 0).values())
+        graph = make_fx(all_angles, decomposition_table=_WRITES)(*_examples(shapes, 0).values())
+    except _Looked as error:
+        raise _looking(error) from error
     except RuntimeError as error:
         if "same dtype" in str(error) or "scalar type" in str(error):
             raise InvalidInput(f"the circuit mixes dtypes ({error}); it is traced in float64. Make its tensors with dtype=inputs.dtype.") from error
         if "tracing" not in str(error):
             raise
-        raise InvalidInput(_LOOKS) from error
-    return graph, *kept
+        raise _looking(error) from error
+    return _without_writes(graph, shapes), *kept
+
+
+def _writes(node): return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _without_writes(graph, shapes):
+    "The graph with copies for what is written in place: a recipe says what a tensor is, not what it becomes"
+    if not any(map(_writes, graph.graph.nodes)): return graph
+    return make_fx(torch.func.functionalize(graph), decomposition_table=_WRITES)(*_examples(shapes, 0).values())
+
+
+def _put(there, what, dim, places):
+    "A copy with `what` in some places along a dimension, by operations that torch.vmap differentiates rightly (it doubles select_scatter's slope)"
+    with disable_proxy_modes_tracing():
+        source, shape = torch.full((there.shape[dim],), -1), [1] * there.dim()
+        source[places], shape[dim] = torch.arange(what.shape[dim]), -1
+    return torch.where((source >= 0).reshape(shape), what.to(there.dtype).index_select(dim, source.clamp_min(0)), there)
+
+
+_WRITES = {
+    _aten.copy.default: lambda there, what, *_: what.to(there.dtype).expand(there.shape),
+    _aten.select_scatter.default: lambda there, what, dim, index: _put(there, what.unsqueeze(dim), dim, [index]),
+    _aten.slice_scatter.default: lambda there, what, dim=0, start=None, end=None, step=1: _put(there, what, dim, slice(start, end, step)),
+}
+
+
+_SPANS = {0: (-0.9, 0.9), 1: (-0.9, 0.9), 2: (0.05, 0.45)}  # The last for roots, logarithms and the like
 
 
 def _examples(shapes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(shape, generator=generator, dtype=torch.float64) * 1.8 - 0.9 for name, shape in shapes.items()}
+    generator, (low, high) = torch.Generator().manual_seed(seed), _SPANS[seed]
+    return {name: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 # %% ../nbs/12_trace.ipynb #64cdec03
 def _check_trace(function, shapes, device_wires, graph, raw, measurements):
@@ -454,7 +516,9 @@ def _check_trace(function, shapes, device_wires, graph, raw, measurements):
         arguments = _examples(shapes, seed)
         again, measured, *_ = _read(function, arguments, device_wires)
         same = [g[:2] + g[3:] for g in again] == [g[:2] + g[3:] for g in raw] and measured == measurements
-        if not same or not torch.allclose(_stack(_angles(again)), _stack(graph(*arguments.values())), atol=1e-9):
+        angles = _stack(_angles(again))
+        foretold = _stack(graph(*arguments.values())), _stack(_by_recipe(graph, arguments))
+        if not same or not all(torch.allclose(angles, found, atol=1e-9, equal_nan=True) for found in foretold):
             raise InvalidInput(
                 "the circuit changes with the values of its arguments (an if, a numpy call, a trained observable), so it cannot be compiled "
                     "once. Keep arguments in gate angles, as torch tensors."
@@ -463,6 +527,13 @@ def _check_trace(function, shapes, device_wires, graph, raw, measurements):
 
 def _stack(values):
     return torch.stack([*values, torch.zeros((), dtype=torch.float64)])
+
+
+def _by_recipe(graph, arguments):
+    "All angles again: those with a recipe by that, constants as they are, the others by the graph"
+    def told(value, own): return own if value is None else value.of(arguments) if isinstance(value, Recipe) else value
+    slots = _slots(graph, {name: tuple(value.shape) for name, value in arguments.items()})
+    return [told(value, own) for (_, _, value), own in zip(slots, graph(*arguments.values()), strict=True)]
 
 # %% ../nbs/12_trace.ipynb #15ac6e92
 def _sources(node, seen=None):
@@ -522,7 +593,7 @@ def _number_slots(angles, per_sample):
     "Angle of each recorded angle; then recipe, nature and node of each slot"
     slots, refs, recipes, sample, nodes = {}, [], [], [], []
     for number, (node, names, value) in enumerate(angles):
-        if not names:
+        if not names and value is not None:
             refs.append(Angle(None, 0.0, float(value)))
             continue
         scale, recipe = (1.0, None) if value is None else (-1.0 if float(value.scale) < 0 else 1.0, value)
@@ -557,7 +628,10 @@ def trace(
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise InvalidInput(f"an argument is empty: {shapes}")
     with _tracing:
-        graph, raw, measurements, place, form = _record(function, shapes, wires)
+        try: graph, raw, measurements, place, form = _record(function, shapes, wires)
+        except IndexError:
+            function = _of_a_batch(function, per_sample)
+            graph, raw, measurements, place, form = _record(function, shapes, wires)
         _check_trace(function, shapes, wires, graph, raw, measurements)
     refs, recipes, sample, nodes = _number_slots(_slots(graph, shapes), per_sample)
     angles = iter(refs)
@@ -571,6 +645,12 @@ def trace(
         len(place), gates, flat, tuple(recipes), tuple(sample), _without_recipe(graph, nodes), dict(shapes), tuple(per_sample), shots, sizes,
         form,
     )
+
+
+def _of_a_batch(function, per_sample):
+    "A function that was written for a batch, `inputs[:, 0]`, as one of a sample"
+    def of_a_sample(**arguments): return function(**{name: value[None] if name in per_sample else value for name, value in arguments.items()})
+    return of_a_sample
 
 
 def _shots_of(qnode):

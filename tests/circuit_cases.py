@@ -379,3 +379,57 @@ def a_state_and_back(inputs, w):
     qml.apply(op)
     spread(inputs, w)
     return close(inputs, w)
+
+
+def turned(angles):
+    for q, angle in enumerate(angles): qml.RY(angle, wires=q)
+    qml.CNOT([0, 1])
+    qml.RX(angles[0], wires=1)
+    return [qml.expval(qml.PauliZ(0)), qml.expval(qml.PauliZ(1) @ qml.PauliX(0))]
+
+
+@case
+def writes_an_item(inputs, w):
+    x = inputs.clone()
+    x[0] = x[0] * 2
+    return turned([x[0], x[1], w[0]])
+
+
+@case
+def writes_slices(inputs, w):
+    x = inputs.clone()
+    x[1:].add_(w[:3])
+    x[:1] *= 2
+    x[::2] = x[1::2] + w[1]
+    x.view(-1).mul_(2)
+    return turned(list(x))
+
+
+@case
+def writes_into_zeros(inputs, w):
+    angles = torch.zeros(2, 2, dtype=inputs.dtype)
+    for i in range(2): angles[i, 0] = inputs[i] * w[i]
+    angles[:, 1] = w[2:]
+    return turned(list(angles.flatten()))
+
+
+@case
+def writes_a_diagonal(inputs, w):
+    square = (inputs[0] * w).reshape(2, 2)
+    square.diagonal().mul_(2)
+    return turned([square[0, 0], square[0, 1], square[1, 1]])
+
+
+@case
+def rounds(inputs, w):
+    return turned([(3 * inputs[0]).int() * w[0], w[1], inputs[2].long().to(inputs.dtype) + w[2]])
+
+
+@case
+def roots_and_logarithms(inputs, w):
+    return turned([torch.sqrt(inputs[0]), torch.log(inputs[1] + 0.01), torch.log1p(5 * inputs[2]) * w[0], torch.asin(2 * inputs[3] - 1)])
+
+
+@case
+def one_arcsine(inputs, w):
+    return turned([torch.arcsin(inputs[0]), 3 * inputs[1], w[0]])

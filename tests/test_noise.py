@@ -19,7 +19,7 @@ from reference import circuit_expectations, slope
 from scipy import stats
 
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
-from gausssafe.noise import ClassicalNoise, QuantumNoise, seed_streams
+from gausssafe.noise import ClassicalNoise, QuantumNoise, QuantumShadowNoise, seed_streams
 
 
 def circuit(n_qubits, n_layers, seed=0, **options): return QuantumNoise(n_qubits, n_layers, seed, **options).double()
@@ -202,6 +202,14 @@ def test_a_saved_state_goes_on_where_it_was():
     resumed.load_state_dict(state)
     assert torch.equal(resumed(10), expected)
     for twin in (copy.deepcopy(noise), pickle.loads(pickle.dumps(noise))): assert torch.equal(twin(4), copy.deepcopy(noise)(4))
+
+
+def test_a_shadow_goes_on_with_its_observables():
+    noise, other = QuantumShadowNoise(4, 1, seed=1), QuantumShadowNoise(4, 1, seed=2)
+    assert noise.words != other.words
+    other.load_state_dict(copy.deepcopy(noise.state_dict()))
+    assert noise.words == other.words and torch.equal(noise(8), other(8))
+    with pytest.raises(InvalidInput, match="of 3 observables, and this noise has 2"): QuantumShadowNoise(4, 1, 2).load_state_dict(noise.state_dict())
 
 
 def test_threads_get_what_one_would_have_got():

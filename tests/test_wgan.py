@@ -235,7 +235,8 @@ def test_noise_from_shots_trains_and_repeats():
 
 
 def test_a_limit_that_nothing_fits_is_refused_before_training():
-    with pytest.raises(MemoryBudgetExceeded, match="14 qubits x batch"): train(n_qubits=14, memory_limit="60kB", metrics=("mmd",), best_by="mmd")
+    with pytest.raises(MemoryBudgetExceeded, match="14 qubits x batch"):
+        train(n_qubits=14, n_layers=4, memory_limit="60kB", metrics=("mmd",), best_by="mmd")
 
 
 def test_a_limit_chunks_the_noise_and_changes_nothing_much(result):
