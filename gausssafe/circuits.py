@@ -494,7 +494,8 @@ def _draw(plan, values, numbers, seed, needs_grad):
 def _exact_slopes(plan, tensors, grad, samples_too):
     "The way back through the exact circuit, which is run for it"
     values, numbers = _entries(plan, [t.detach().numpy() for t in tensors])
-    _, saved = _forward(plan, values, numbers, True)
+    size = _layout(plan, values.shape[1], values.dtype.itemsize, True)[0]
+    saved = _Pieces(values, numbers, size, True) if size < values.shape[1] else _forward(plan, values, numbers, True)[1]
     slopes = _backward(plan, saved, grad.numpy().T, samples_too)
     del saved
     _tidy(plan, plan._engine, values.shape[1], values.dtype.itemsize)
