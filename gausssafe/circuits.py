@@ -19,7 +19,7 @@ import torch
 
 from .draws import WordDraw, draws_of, measuring
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
-from .memory import read_limit
+from .memory import count_tensor_bytes, read_limit
 from .rotations import AngleTable, entries_of, rotations_of
 from .shots import call_seed, check_shots, stream
 from .statevector import StateVector, channels_from, results_from
@@ -117,6 +117,7 @@ def _like(tensors, device): return [t if t.device == device else t.to(device) fo
 # %% ../nbs/22_circuits.ipynb #2e5f9711
 class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
+    _splits = True  # A batch may be computed in parts
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, choose_engine(circuit, engine, limit_bytes)
@@ -130,11 +131,15 @@ class ExecutionPlan:
         self._domains = _domains(circuit)
         self._limits = _limits(circuit, self._domains, True), _limits(circuit, self._domains, False)
         self._bound = self._engine.bind(tables, self._limits)
+        self._bounds_graph = self._splits and circuit.tangled is not None and limit_bytes is not None and True in self._sampled
         self.n_results, self._layouts, self._read_again = self._engine.read.rows[-1][1], {}, 0.0
 
     @property
     def engine(self) -> str:
         return self._engine.name
+
+    @cached_property
+    def _tangled_bytes(self): return _graph_bytes(self) // 4 if self._bounds_graph else 0
 
     @cached_property
     def _tensor_engine(self): return shared_engine(TensorState, rotations_of(self.circuit), self.circuit.per_slot_sample)
@@ -155,13 +160,15 @@ class ExecutionPlan:
 
     def __call__(self, **arguments: torch.Tensor) -> torch.Tensor:  # (batch, n_results)
         "Run the circuit on a batch; differentiable in every argument"
+        _check(self, arguments)
+        if self._bounds_graph and (size := _tangled_size(self, arguments)):
+            return _applied(_InParts, self, size, *(arguments[name] for name in self._batched))
         tensors, device = self._prepared(arguments)
         if device.type != "cpu" and isinstance(self._engine, StateVector): return _on_device(self, _like(tensors, device))
         return _like([_applied(_Evaluate, self, *_like(tensors, _CPU))], device)[0]
 
     def _prepared(self, arguments):
         "Arguments and tangled angles of one dtype, and the device they are for"
-        _check(self, arguments)
         tensors = [arguments[name] for name in self._batched]
         like = tensors[self._sampled.index(True) if True in self._sampled else 0]
         if self.circuit.tangled is not None: tensors += _tangle(self, tensors)
@@ -171,8 +178,9 @@ class ExecutionPlan:
     def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> int:
         "Logical bytes beyond inputs and outputs of a forward and backward pass, without running it"
         if type(batch) is not int or batch < 1: raise InvalidInput(f"batch is a number of samples, at least 1, not {batch!r}.")
+        if self._bounds_graph: batch = min(batch, _most_tangled(self, dtype.itemsize))
         piece, tile, keep = _layout(self, batch, dtype.itemsize, True)
-        return self._engine.bytes(piece, dtype.itemsize, tile, keep)
+        return self._engine.bytes(piece, dtype.itemsize, tile, keep) + batch * self._tangled_bytes * dtype.itemsize
 
     def explain(self) -> str:
         "How the plan works, in a few lines"
@@ -241,13 +249,69 @@ def _split(plan, of_shared, of_samples, tensors, needed):
     ]
     return [None if slope is None else torch.from_numpy(slope) for slope in slopes]
 
+# %% ../nbs/22_circuits.ipynb #93db060d
+_COUNTED = 64
+
+
+def _graph_bytes(plan):
+    "Bytes a sample, in float32: tangled angles, all angles side by side, and the slopes of both"
+    lead = {True: (_COUNTED,), False: ()}
+    given = [torch.zeros(*lead[batched], *plan.circuit.shapes[name]).requires_grad_() for name, batched in plan._batched.items()]
+    with count_tensor_bytes() as forth: angles = [value.sum() for value in _tangle(plan, given) if value.requires_grad]
+    with count_tensor_bytes() as back: angles and torch.autograd.grad(sum(angles), given, allow_unused=True)
+    entries = max(rows.stop for rows, sampled in zip(plan._rows, plan._sampled, strict=True) if sampled)
+    return -(-(forth.peak_bytes + back.peak_bytes) // _COUNTED) + 8 * entries
+
+
+def _most_tangled(plan, itemsize):
+    "Samples whose graph takes half of the limit"
+    return max(1, plan.limit_bytes // (2 * plan._tangled_bytes * itemsize))
+
+
+def _tangled_size(plan, arguments):
+    "Samples of a part, 0 where a batch need not be parted"
+    first = next(arguments[name] for name, batched in plan._batched.items() if batched)
+    size = _most_tangled(plan, first.dtype.itemsize)
+    return size if size < len(first) else 0
+
+
+class _InParts(torch.autograd.Function):
+    "A plan over parts of a batch, of which nothing is kept"
+
+    @staticmethod
+    def forward(ctx, plan, size, *tensors):
+        ctx.plan, ctx.size = plan, size
+        ctx.save_for_backward(*tensors)
+        batch = next(len(tensor) for tensor, batched in zip(tensors, plan._batched.values(), strict=True) if batched)
+        results = tensors[0].new_empty(batch, plan.n_results)
+        for first in range(0, batch, size): results[first:first + size] = plan(**_part(plan, tensors, first, size))
+        return results
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled(): raise RuntimeError(NO_SECOND)
+        slopes = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)]
+        for first in range(0, len(grad), ctx.size):
+            part, views = (_part(ctx.plan, tensors, first, ctx.size) for tensors in (ctx.saved_tensors, slopes))
+            wanted = [part[name].requires_grad_() for name, view in views.items() if view is not None]
+            with torch.enable_grad(): result = ctx.plan(**part)
+            found = torch.autograd.grad(result, wanted, grad[first:first + ctx.size], materialize_grads=True)
+            for view, slope in zip((view for view in views.values() if view is not None), found, strict=True): view.add_(slope)
+        return None, None, *slopes
+
+
+def _part(plan, tensors, first, size):
+    "The arguments of some samples"
+    return {name: tensor if tensor is None else tensor.detach()[first:first + size] if batched else tensor.detach()
+            for (name, batched), tensor in zip(plan._batched.items(), tensors, strict=True)}
+
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
 def _layout(plan, batch, itemsize, needs_grad, engine=None, device=_CPU):
     "(samples at a time, lanes of a tile, keep the last states) for a batch"
     if plan.limit_bytes is None and time.monotonic() > plan._read_again: plan._layouts, plan._read_again = {}, time.monotonic() + 1
     key = batch, itemsize, needs_grad, device
     if key not in plan._layouts:
-        limit = _left(plan.limit_bytes, device)
+        limit = _left(plan.limit_bytes, device) - batch * plan._tangled_bytes * itemsize
         piece = batch if engine else _piece(plan._engine, limit, batch, itemsize)
         plan._layouts[key] = _new_layout(engine or plan._engine, plan.circuit.n_wires, limit, batch, piece, itemsize, needs_grad)
     return plan._layouts[key]
@@ -412,6 +476,7 @@ def _columns(measurements):
 
 class ShotPlan(ExecutionPlan):
     "A compiled circuit with a finite number of shots: what it returns is drawn, its gradient is exact"
+    _splits = False
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         super().__init__(_exact(circuit), limit_bytes, engine)
@@ -444,6 +509,7 @@ class ShotPlan(ExecutionPlan):
         return self._told(*self._drawn(seed, generator, arguments))
 
     def _drawn(self, seed, generator, arguments):
+        _check(self, arguments)
         tensors, device = self._prepared(arguments)
         numbers, results = _applied(_Straight, self, call_seed(seed, generator), *_like(tensors, _CPU))
         return _like([numbers], device)[0], results
