@@ -105,7 +105,7 @@ def _parts(op):
     "What an operator is made of, its gradients kept"
     parts = _taken_apart(op)
     for i in _lost(op, parts):
-        if _numbers(parts) == _numbers(_taken_apart(_bound(op, {i: op.data[i].detach() + 0.1}))): continue
+        if _numbers(op, i, 0.0) == _numbers(op, i, 0.1): continue
         raise UnsupportedCircuit(
             f"a parameter of {op.name} on wires {list(op.wires)} wants a gradient, and PennyLane's decomposition loses it. Write it with "
             "rotations, mark the parameter requires_grad=False, or use default.qubit."
@@ -130,7 +130,10 @@ def _lost(op, parts):
 
 
 @torch.no_grad()
-def _numbers(parts): return [_frozen(part) for part in parts]
+def _numbers(op, at, step):
+    "All that the parts of an operator hold if one of its parameters is larger by a step"
+    moved = {i: torch.as_tensor(number) + (step if i == at else 0.0) for i, number in enumerate(op.data)}
+    return [_frozen(part) for part in _taken_apart(_bound(op, moved))]
 
 # %% ../nbs/27_device.ipynb #60ea160c
 class Parameter(NamedTuple):
@@ -250,7 +253,7 @@ class Packing:
         dtype = torch.float64 if not tensors or any(t.dtype == torch.float64 for t in tensors) else torch.float32
         found = {}
         for name, order, lead in zip(_NAMES, self.order, ((), (batch,)), strict=True):
-            parts = [numbers[i] if isinstance(numbers[i], torch.Tensor) else _tensor(numbers[i], dtype) for i in order]
+            parts = [numbers[i] if isinstance(numbers[i], torch.Tensor) else torch.as_tensor(np.asarray(numbers[i]), dtype=dtype) for i in order]
             parts = [part if part.dtype == dtype else part.to(dtype) for part in parts]
             if not parts: continue
             if all(part.ndim == len(lead) for part in parts): found[name] = torch.stack(parts, -1)
@@ -259,15 +262,6 @@ class Packing:
 
 
 _NAMES = "the gates' parameters", "the gates' batched parameters"
-
-
-def _tensor(number, dtype):
-    try: return torch.as_tensor(np.asarray(number), dtype=dtype)
-    except TypeError as error:
-        raise UnsupportedCircuit(
-            f"an operator holds a {type(number).__name__}, a parameter to differentiate that PennyLane does not hand to devices (those inside "
-            "Reflection, AmplitudeAmplification and evolve are such). Use torch tensors, write it with other gates, or use default.qubit."
-        ) from error
 
 # %% ../nbs/27_device.ipynb #ccaab17a
 def _function(operations, measurements, packing, numbers):
@@ -395,12 +389,6 @@ def _results(plan, measurements, flat, batched):
     return found[0] if len(measurements) == 1 else found
 
 
-def _torches(tape):
-    "Whether any number of a tape is torch's"
-    return any(isinstance(number, torch.Tensor) for op in tape.operations for number in op.data) or any(
-        isinstance(number, torch.Tensor) for m in tape.measurements if m.obs is not None for number in m.obs.data)
-
-
 def _numpy(found):
     if isinstance(found, tuple): return tuple(_numpy(f) for f in found)
     return found.numpy() if isinstance(found, torch.Tensor) else found
@@ -445,7 +433,7 @@ class GausssafeQubit(qml.devices.Device):
         super().__init__(wires=wires, shots=shots)
         self._rng = np.random.default_rng(np.random.randint(10_000_000) if isinstance(seed, str) and seed == "global" else seed)
         self.memory_limit = None if memory_limit is None else read_limit(memory_limit)
-        self._families, self._lock, self._pipeline = OrderedDict(), threading.Lock(), qml.CompilePipeline()
+        self._families, self._lock = OrderedDict(), threading.Lock()
 
     @property
     def name(self):
@@ -460,15 +448,16 @@ class GausssafeQubit(qml.devices.Device):
         return tuple(self._execute(tape) for tape in circuits)
 
     def _execute(self, tape):
-        found = self._run(tape, int(self._rng.integers(2**63)) if tape.shots else None)
-        return found if _torches(tape) else _numpy(found)
+        found, torches = self._run(tape, int(self._rng.integers(2**63)) if tape.shots else None)
+        return found if torches else _numpy(found)
 
     def _run(self, tape, seed):
-        "Results of a tape, as tensors"
+        "Results of a tape as tensors, and whether any of its numbers is torch's"
         tape, weights = _weighed(tape)
         packing, plan, numbers, batch = self._prepared(tape)
         found = _found(plan, tape.measurements, packing.pack(numbers, batch), batch is not None, seed)
-        return found if weights is None else _summed(found, weights)
+        if weights is not None: return _summed(found, weights), True
+        return found, any(isinstance(n, torch.Tensor) for n in numbers)
 
     def _prepared(self, tape):
         "(packing, plan, numbers, batch) of a tape"
@@ -496,8 +485,8 @@ _OURS = ("backprop", "adjoint", "best", "device")
 def supports_derivatives(self, execution_config=None, circuit=None) -> bool:
     "Whether the device itself gives gradients: in torch by `backprop`, everywhere by `adjoint`; with shots, only if asked for by name"
     if execution_config is None: return True
-    shots = circuit is not None and bool(circuit.shots)
-    return execution_config.gradient_method in _OURS and not (shots and execution_config.gradient_method == "best")
+    rule = circuit is not None and bool(circuit.shots) or execution_config.derivative_order > 1  # PennyLane's parameter-shift rule is best
+    return execution_config.gradient_method in _OURS and not (rule and execution_config.gradient_method == "best")
 
 
 def supports_vjp(self, execution_config=None, circuit=None) -> bool:
@@ -509,6 +498,11 @@ def setup_execution_config(self, config=None, circuit=None):
     "Fill in what the caller left open"
     config, torches = config or qml.devices.ExecutionConfig(), qml.math.Interface.TORCH
     method = config.gradient_method
+    if config.derivative_order > 1 and method in _OURS:
+        raise UnsupportedCircuit(
+            f"max_diff={config.derivative_order} asks for second derivatives, which diff_method={method!r} on gausssafe.qubit does not give. "
+            "Use diff_method='parameter-shift', or default.qubit."
+        )
     if method in ("best", "device"): method = "backprop" if config.interface in (torches, qml.math.Interface.NUMPY) else "adjoint"
     if method == "adjoint" and config.interface is torches: method = "backprop"  # The plan's backward pass is the adjoint method
     if method == "backprop" and config.interface not in (torches, qml.math.Interface.NUMPY):
@@ -521,9 +515,22 @@ def setup_execution_config(self, config=None, circuit=None):
     return replace(config, gradient_method=method, use_device_gradient=method in _OURS, use_device_jacobian_product=jacobian, grad_on_execution=False)
 
 
+@qml.transform
+def _taken_apart_first(tape):
+    "Operators made of operators taken apart, while PennyLane still sees the gradients of what is inside"
+    operations = _opened(tape.operations)
+    return (tape if operations is tape.operations else tape.copy(operations=operations),), _alone
+
+
+def _alone(results): return results[0]
+
+
+_WHOLE, _APART = qml.CompilePipeline(), qml.CompilePipeline(_taken_apart_first)
+
+
 def preprocess_transforms(self, execution_config=None):
-    "Nothing: plans take templates as they are"
-    return self._pipeline
+    "Plans take templates as they are; only where PennyLane hands over bare numbers, operators made of operators are taken apart before"
+    return _WHOLE if execution_config is not None and execution_config.gradient_method == "backprop" else _APART
 
 
 for _method in (supports_derivatives, supports_vjp, setup_execution_config, preprocess_transforms):
@@ -543,7 +550,7 @@ def execute_and_compute_vjp(self, circuits, cotangents, execution_config=None):
 @torch.enable_grad()
 def _vjp(self, tape, cotangent):
     tape, leaves = _trained(tape)
-    found = self._run(tape, 0 if tape.shots else None)  # The gradient does not depend on what is drawn
+    found, _ = self._run(tape, 0 if tape.shots else None)  # The gradient does not depend on what is drawn
     found, cotangent = (found, cotangent) if isinstance(found, tuple) else ((found,), (cotangent,))
     pairs = [(f, c) for f, c in zip(found, cotangent, strict=True) if isinstance(f, torch.Tensor) and f.requires_grad]
     given = [torch.as_tensor(np.asarray(c, dtype=float)).expand_as(f) for f, c in pairs]
