@@ -116,8 +116,11 @@ def _parts(op):
 def _taken_apart(op):
     if isinstance(op, qml.StatePrep): return [qml.StatePrep(op.data[0].toarray()[0], op.wires)]
     turns = word_turns(op) if isinstance(op, qml.ops.Exp) else None
-    if turns is not None: return [qml.PauliRot(angle, letters, wires) if letters else qml.GlobalPhase(angle) for letters, wires, angle in turns]
+    if turns is not None: return [_turn(letters, wires, qml.math.real(angle)) for letters, wires, angle in turns]
     return _opened(op.decomposition()) if op.has_decomposition else [op]
+
+
+def _turn(letters, wires, angle): return qml.PauliRot(angle, letters, wires) if letters else qml.GlobalPhase(angle)
 
 
 def _lost(op, parts):
@@ -200,8 +203,8 @@ def _words(m, shots):
     matrix = m.obs.pauli_rep is None
     if shots or not isinstance(m, qml.measurements.ExpectationMP) or matrix and len(m.wires) > _MOST_WIRES:
         raise UnsupportedCircuit(
-            f"{m} has numbers that want a gradient, which gausssafe.qubit gives without shots, for expvals of sums of Pauli words and of "
-            f"matrices on up to {_MOST_WIRES} wires. Mark them requires_grad=False, weigh the expvals outside of the circuit, or use default.qubit."
+            f"{m.obs.name} on wires {list(m.wires)} has numbers that want a gradient, which gausssafe.qubit gives without shots, for expvals of sums "
+            f"of Pauli words and of matrices on up to {_MOST_WIRES} wires. Mark them requires_grad=False, or use default.qubit."
         )
     if not matrix: return m.obs.pauli_rep
     weights = torch.einsum("pij,ji->p", _all_words(len(m.wires)), qml.matrix(m.obs, wire_order=m.wires).to(torch.complex128)) / 2 ** len(m.wires)
