@@ -532,8 +532,8 @@ _WHOLE, _APART = qml.CompilePipeline(), qml.CompilePipeline(_taken_apart_first)
 
 
 def preprocess_transforms(self, execution_config=None):
-    "Plans take templates as they are; only where PennyLane hands over bare numbers, operators made of operators are taken apart before"
-    return _WHOLE if execution_config is not None and execution_config.gradient_method == "backprop" else _APART
+    "Plans take templates as they are; only where the device differentiates bare numbers, operators made of operators are taken apart before"
+    return _APART if execution_config is not None and execution_config.gradient_method == "adjoint" else _WHOLE
 
 
 for _method in (supports_derivatives, supports_vjp, setup_execution_config, preprocess_transforms):
