@@ -190,7 +190,7 @@ def _walk_back(engine, turns, states, cotangent, signs, slopes):
 # %% ../nbs/15_tensorstate.ipynb #8ddd4841
 NO_SECOND = (
     "create_graph=True reached a compiled circuit, which has no second derivatives. Detach its output where they are not meant, "
-    "or use a QNode with diff_method='backprop'."
+    "or use a QNode on default.qubit, or one with diff_method='parameter-shift' and max_diff=2."
 )
 
 

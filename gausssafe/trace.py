@@ -216,8 +216,10 @@ def _real(value):
 
 def _exponential(sentence, angle):
     "exp(-i angle/2 sum c P) word by word, or None if words do not commute"
+    import pennylane as qml
+
     if sentence is None or any(not a.commutes_with(b) for a in sentence for b in sentence): return None
-    return [("".join(word.values()), tuple(word), float(np.real(complex(c))) * angle * (1 if word else 0.5)) for word, c in sentence.items()]
+    return [("".join(word.values()), tuple(word), qml.math.real(c) * angle * (1 if word else 0.5)) for word, c in sentence.items()]
 
 # %% ../nbs/12_trace.ipynb #70a5844c
 def _with_plain_constants(op):
