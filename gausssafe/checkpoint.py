@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def load_checkpoint(
     try:
         data = _read(path)
         return load_tensors(data), _about(data[8:8 + struct.unpack("<Q", data[:8])[0]])
-    except (SafetensorError, EOFError, gzip.BadGzipFile, struct.error, ValueError, KeyError) as error:
+    except (SafetensorError, EOFError, gzip.BadGzipFile, zlib.error, struct.error, ValueError, KeyError) as error:
         raise InvalidInput(f"{path} is truncated or not a checkpoint ({format_bytes(path.stat().st_size)}): {error}") from None
 
 
@@ -58,11 +59,23 @@ def _about(header): return json.loads(json.loads(header)["__metadata__"]["gausss
 
 def read_about(
     path: str | Path,
-) -> dict | None:  # None where the header cannot be read
+) -> dict | None:  # None where the header cannot be read, or is not ours
     "What is known about a checkpoint, without reading its tensors"
+    try: return json.loads(_read_header(Path(path))[0]["__metadata__"]["gausssafe"])
+    except (ValueError, KeyError, TypeError): return None
+
+
+_MOST_HEADER_BYTES = 100_000_000  # The format allows no more
+
+
+def _read_header(path):
+    "The JSON before the tensors, and how many bytes all of it should be; (None, 0) where it cannot be read"
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file: return _about(file.read(struct.unpack("<Q", file.read(8))[0]))
-    except (OSError, EOFError, struct.error, ValueError, KeyError, MemoryError, OverflowError): return None
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            n_bytes, = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(n_bytes) if n_bytes <= _MOST_HEADER_BYTES else b"")
+        return header, 8 + n_bytes + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, TypeError, AttributeError): return None, 0
 
 # %% ../nbs/09_checkpoint.ipynb #b63cfc7d
 _NAME = re.compile(r"epoch_(\d+)\.safetensors(\.gz)?")
@@ -77,7 +90,7 @@ class Checkpoint:
     size_bytes: int
     age_s: float
     light: bool  # Without the state to go on from
-    readable: bool = True
+    readable: bool = True  # Its header, and as long as that says
 
     @property
     def archived(self): return self.path.suffix == ".gz"
@@ -86,16 +99,28 @@ class Checkpoint:
 def list_checkpoints(
     folder: str | Path,
 ) -> list[Checkpoint]:  # By epoch
-    "The checkpoints in a folder"
-    names = [(path, _NAME.fullmatch(path.name)) for path in Path(folder).glob("epoch_*")]
-    return sorted((_describe(path, int(match[1])) for path, match in names if match), key=lambda c: c.epoch)
+    "The checkpoints in a folder, and what by its name could be one; what another program wrote is none"
+    names = [(path, _NAME.fullmatch(path.name)) for path in Path(folder).glob("epoch_*") if path.is_file()]
+    found = [_describe(path, int(match[1])) for path, match in names if match]
+    return sorted((c for c in found if c), key=lambda c: c.epoch)
 
 
 def _describe(path, epoch):
-    about, stat = read_about(path), path.stat()
+    "None for what another program wrote"
+    (header, n_bytes), stat = _read_header(path), path.stat()
+    if header is not None and "gausssafe" not in (header.get("__metadata__") or {}): return None
+    about = read_about(path)
     loss = (about or {}).get("loss")
     return Checkpoint(path, epoch, loss if loss is not None and math.isfinite(loss) else None, stat.st_size, max(0.0, time.time() - stat.st_mtime),
-                      bool(about and about.get("light")), about is not None)
+                      bool(about and about.get("light")), about is not None and _is_whole(path, n_bytes))
+
+
+def _is_whole(path, n_bytes):
+    "By the file's length; an archive's last four bytes tell what it was before"
+    if path.suffix != ".gz": return path.stat().st_size == n_bytes
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read() == struct.pack("<I", n_bytes % 2**32)
 
 # %% ../nbs/09_checkpoint.ipynb #927ad957
 def split_by_worth(
@@ -108,7 +133,8 @@ def split_by_worth(
     readable = [c for c in checkpoints if c.readable]
     last = readable[len(readable) - min(keep_last, len(readable)):]
     best = sorted((c for c in readable if c.loss is not None), key=lambda c: (c.loss, c.epoch))[:keep_best]
-    return last, [c for c in best if c not in last], [c for c in checkpoints if c not in last and c not in best]
+    ours = checkpoints if readable else []
+    return last, [c for c in best if c not in last], [c for c in ours if c not in last and c not in best]
 
 # %% ../nbs/09_checkpoint.ipynb #4d76b2b3
 class Checkpoints:
@@ -126,7 +152,7 @@ class Checkpoints:
 
     def __repr__(self): return f"Checkpoints({self.folder}: {len(self.list())}, {format_bytes(sum(c.size_bytes for c in self.list()))})"
     def list(self) -> list[Checkpoint]: return list_checkpoints(self.folder)
-    def latest(self) -> Checkpoint | None: return next((c for c in reversed(self.list()) if not c.light), None)
+    def latest(self) -> Checkpoint | None: return next((c for c in reversed(self.list()) if c.readable and not c.light), None)
 
     def save(
         self,
@@ -208,7 +234,8 @@ def plan_cleaning(
 
 def _plan_folder(folder, kept, archive_after_s):
     last, lighten, remove = split_by_worth(list_checkpoints(folder), keep_last=kept.keep_last, keep_best=kept.keep_best)
-    actions = [Action("remove", path, path.stat().st_size, "a write that was killed") for path in folder.glob(".epoch_*.partial") if _stale(path)]
+    partial = [path for path in folder.glob(".epoch_*.partial") if _stale(path) and (last or read_about(path) is not None)]
+    actions = [Action("remove", path, path.stat().st_size, "a write that was killed") for path in partial]
     actions += [Action("remove", c.path, c.size_bytes, f"not among the last {kept.keep_last} or the best {kept.keep_best}"
                        if c.readable else "cannot be read") for c in remove]
     actions += [Action("lighten", c.path, c.size_bytes, "one of the best: weights are enough") for c in lighten if not (c.light or c.archived)]

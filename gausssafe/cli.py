@@ -321,3 +321,6 @@ def _report(folder):
 def report(folder):
     "Write report.html into a batch's folder: one file with everything in it."
     click.echo(_report(folder))
+
+# %% ../nbs/71_cli.ipynb #19963804
+if __name__ == "__main__" and __spec__: main()  # As `python -m gausssafe.cli`; a notebook has no __spec__

@@ -8,8 +8,9 @@ __all__ = ['N_COLUMNS', 'EigenInfo', 'top_eigenpairs', 'Estimate', 'trace', 'dia
 # %% ../nbs/31_spectrum.ipynb #033fc19c
 import math
 import os
+import pickle
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 
 from .budget import MemoryBudget
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
+from .files import told_of_full_disk
 from .memory import read_limit
 from .progress import ProgressBar
 from .units import format_bytes
@@ -31,53 +33,82 @@ class _Matrix:
         if len(shape) != 2 or shape[0] != shape[1] or not hasattr(A, "__matmul__"):
             raise InvalidInput(f"a symmetric operator has @ and .shape (d, d), and this {type(A).__name__} has shape {shape}")
         self.A, self.d, self.n_products = A, shape[0], 0
-        self.is_torch = isinstance(getattr(A, "dtype", None), torch.dtype)
-        self.dtype = A.dtype if self.is_torch else torch.float32 if np.dtype(A.dtype) == np.float32 else torch.float64
+        given = getattr(A, "dtype", None)
+        self.is_torch = isinstance(given, torch.dtype)
+        real = given.is_floating_point if self.is_torch else np.dtype(given).kind in "fiub"
+        if not real: raise InvalidInput(f"a symmetric operator is real, and this {type(A).__name__} is of {given}: use a real float dtype")
+        self.dtype = given if self.is_torch else torch.float32 if np.dtype(given) == np.float32 else torch.float64
         self.device = A.device if self.is_torch else torch.device("cpu")
         self.plans = hasattr(A, "plan_for")
         own = A.limit_bytes if self.plans else None
         self.limit_bytes = own if memory_limit is None and own else read_limit(memory_limit)
         if own: self.limit_bytes = min(own, self.limit_bytes)
-        self.vector_bytes = self.d * self.dtype.itemsize
+        self.vector_bytes, self.budget = self.d * self.dtype.itemsize, MemoryBudget(self.limit_bytes)
 
     def times(self, V):
         "A @ V, checked"
         self.n_products += 1 if V.ndim == 1 else V.shape[1]
         product = self.A @ V if self.is_torch else torch.from_numpy(np.asarray(self.A @ V.numpy())).to(self.dtype)
-        extremes = product.aminmax()
-        if not (extremes.min.isfinite() and extremes.max.isfinite()):
-            raise NotFinite(what="a product", n_bad=int((~product.isfinite()).sum()), n_total=product.numel())
+        if not product.sum().isfinite() and (n_bad := int((~product.isfinite()).sum())):
+            raise NotFinite(what="a product", n_bad=n_bad, n_total=product.numel())
         return product
 
+    def _held_bytes(self, n_vectors):
+        "Of vectors, and of the small matrices that are seen in them"
+        return n_vectors * (self.vector_bytes + 64 * n_vectors)
+
+    @contextmanager
     def reserve(self, n_vectors):
         "Hold memory for vectors of ours while products are made in the rest"
-        MemoryBudget(self.limit_bytes).require(n_vectors * self.vector_bytes, what=f"{n_vectors} vectors of {self.d:,} values",
-            advice="Use a larger memory_limit.")
-        return self.A.reserve(self.A.limit_bytes - self.limit_bytes + n_vectors * self.vector_bytes) if self.plans else nullcontext()
+        with (self.budget.reserve(self._held_bytes(n_vectors), what=f"{n_vectors} vectors of {self.d:,} values"),
+              self.A.reserve(self.A.limit_bytes - self.budget.left_bytes) if self.plans else nullcontext()): yield
+
+    def columns(self, n_most, n_beside=0):
+        "How many vectors can share a product, where each has n_beside others of ours, in what is left"
+        try:
+            with self.reserve(n_most * n_beside) if n_beside else nullcontext():
+                if self.plans: self.A.plan_for(n_most)
+                else: self.budget.require((64 * n_most + 1) * self.vector_bytes // 32, what=f"products with {n_most} vectors of {self.d:,}")
+                return n_most
+        except MemoryBudgetExceeded:
+            if n_most == 1: raise
+        return self.columns(n_most // 2, n_beside)
 
     def room(self, n_wanted, n_least, what):
         "How many vectors of ours fit beside a product: all that are wanted, or what half of the limit beyond v and Hv holds"
-        free = (self.limit_bytes - 2 * self.vector_bytes) // (2 if self.plans else 1)
-        n = min(n_wanted, max(0, free) // self.vector_bytes)
+        free = max(0, self.limit_bytes - 2 * self.vector_bytes) // (2 if self.plans else 1)
+        n = min(n_wanted, (math.isqrt(self.vector_bytes**2 + 256 * free) - self.vector_bytes) // 128)  # The most that `_held_bytes` lets fit
         if n >= n_least: return n
-        needed = (2 * n_least if self.plans else n_least) * self.vector_bytes + 2 * self.vector_bytes
+        needed = (2 if self.plans else 1) * self._held_bytes(n_least) + 2 * self.vector_bytes
         raise MemoryBudgetExceeded(what=f"{what}: {n_least} vectors of {self.d:,} values beside a product", needed_bytes=needed,
             left_bytes=self.limit_bytes,
                                    limit_bytes=self.limit_bytes, advice=f"Use memory_limit={needed} or more.")
 
     def probe(self, seed, i, kind="normal"):
         "The i-th random vector of a seed"
-        generator = torch.Generator().manual_seed(1_000_003 * seed + i)
-        if kind == "normal": return torch.randn(self.d, generator=generator, dtype=self.dtype).to(self.device)
-        return torch.randint(2, (self.d,), generator=generator, dtype=torch.int8).to(self.device, self.dtype).mul_(2).sub_(1)
+        return self.probes(seed, [i], kind)[:, 0]
 
     def probes(self, seed, indices, kind="normal"):
-        "Some of them as columns, each contiguous in memory"
-        rows = torch.empty(len(indices), self.d, dtype=self.dtype, device=self.device)
-        for row, i in zip(rows, indices, strict=True): row.copy_(self.probe(seed, i, kind))
-        return rows.T
+        "Some of them as columns, each contiguous in memory; drawn on the CPU, in place"
+        rows = torch.empty(len(indices), self.d, dtype=self.dtype)
+        for row, i in zip(rows, indices, strict=True):
+            generator = torch.Generator().manual_seed(1_000_003 * seed + i)
+            if kind == "normal": row.normal_(generator=generator)
+            else: row.random_(2, generator=generator).mul_(2).sub_(1)
+        return rows.to(self.device).T
+
+    def fingerprint(self):
+        "Of a product with a random vector: how long it is, and how far it points along"
+        probe = self.probe(0, 1_000_002)
+        product = self.times(probe)
+        return float(product.norm()), _dot(probe, product)
 
 # %% ../nbs/31_spectrum.ipynb #af520a7e
+def _dot(x, y):
+    "Inner product in float64, a piece at a time"
+    return sum(float(a.double() @ b.double()) for a, b in zip(x.split(len(x) // 256 + 1), y.split(len(x) // 256 + 1), strict=True))
+
+
 def _orthogonalize(basis, w):
     "Take the rows of `basis` out of w, twice, in place; returns the coefficients"
     coefficients = torch.zeros(len(basis), dtype=torch.float64)
@@ -98,23 +129,49 @@ class _State:
     "Tensors in a file, written now and then, so that a long computation can go on"
 
     def __init__(self, path, matrix, every_s=60, **settings):
-        self.path, self.every_s, self.saved = path and Path(path), every_s, time.perf_counter()
+        self.path, self.every_s, self.saved, self.matrix, self.fingerprint = path and Path(path), every_s, time.perf_counter(), matrix, None
         self.key = {"d": matrix.d, "dtype": str(matrix.dtype), **settings}
+        if self.path: _require_writable(self._partial())
+
+    def _partial(self): return self.path.with_name(self.path.name + ".part")
 
     def load(self):
         "What was saved, or an empty dict"
         if not self.path or not self.path.exists(): return {}
-        state = torch.load(self.path, weights_only=True)
-        if state["key"] != self.key:
-            raise InvalidInput(f"{self.path} holds a computation of {state['key']}, not of {self.key}: name another file, or delete it")
-        return state["values"]
+        try: saved = torch.load(self.path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, LookupError, ValueError): saved = None
+        if not isinstance(saved, dict) or set(saved) != set(_SAVED):
+            raise InvalidInput(f"{self.path} is truncated or holds no computation to go on with: name another file, or delete it")
+        key, self.fingerprint, values = (saved[name] for name in _SAVED)
+        if key != self.key: raise InvalidInput(f"{self.path} holds a computation of {key}, not of {self.key}: name another file, or delete it")
+        self._check_matrix()
+        return values
+
+    def _check_matrix(self):
+        (length, along), (new_length, new_along) = self.fingerprint, self.matrix.fingerprint()
+        tolerance = math.sqrt(torch.finfo(self.matrix.dtype).eps) * (length + new_length)
+        if abs(length - new_length) <= tolerance and abs(along - new_along) <= tolerance: return
+        raise InvalidInput(f"the checkpoint {self.path} belongs to another matrix: a product with a random vector has length {new_length:.6g}, not "
+                           f"{length:.6g}, and points {new_along:.6g} along it, not {along:.6g}. Name another file, or delete it")
 
     def save(self, values, now=False):
         if not self.path or not (now or time.perf_counter() - self.saved >= self.every_s): return
-        temporary = self.path.with_name(self.path.name + ".part")
-        torch.save({"key": self.key, "values": values()}, temporary)
-        os.replace(temporary, self.path)
+        self.fingerprint = self.fingerprint or self.matrix.fingerprint()
+        found = values()
+        n_bytes = sum(x.nbytes for x in found.values() if isinstance(x, torch.Tensor))
+        with told_of_full_disk(self.path, n_bytes), open(self._partial(), "wb") as file:
+            torch.save(dict(zip(_SAVED, (self.key, self.fingerprint, found), strict=True)), file)
+        os.replace(self._partial(), self.path)
         self.saved = time.perf_counter()
+
+
+_SAVED = ("key", "fingerprint", "values")
+
+
+def _require_writable(partial):
+    try: partial.open("wb").close()
+    except OSError as error: raise InvalidInput(f"no checkpoint can be written to {partial.parent} ({error.strerror}): name another file") from None
+    partial.unlink()
 
 # %% ../nbs/31_spectrum.ipynb #467a87cd
 @dataclass(frozen=True)
@@ -133,14 +190,18 @@ _SIDES = {"LA": lambda values, k: values.argsort(descending=True)[:k], "SA": lam
           "BE": lambda values, k: torch.cat([(order := values.argsort(descending=True))[:(k + 1) // 2], order[len(order) - k // 2:]])}
 
 
+def _saved_basis(saved, size, matrix):
+    if "basis" in saved: return saved["basis"].to(matrix.device)
+    return torch.zeros(size, matrix.d, dtype=matrix.dtype, device=matrix.device)
+
+
 class _Lanczos:
     "An orthonormal basis that grows by one product at a time, and the matrix seen in it"
 
     def __init__(self, matrix, size, state):
         self.matrix, self.n, self.n_restarts = matrix, state.get("n", 0), state.get("n_restarts", 0)
-        self.basis = torch.zeros(size, matrix.d, dtype=matrix.dtype, device=matrix.device)
+        self.basis = _saved_basis(state, size, matrix)
         self.T, self.beta = state.get("T", torch.zeros(size, size, dtype=torch.float64)), state.get("beta", 0.0)
-        if "basis" in state: self.basis[:self.n + 1] = state["basis"]
 
     def start(self, seed):
         "A random unit vector, at right angles to what there is"
@@ -171,8 +232,7 @@ class _Lanczos:
         if self.beta > 10 * torch.finfo(residual.dtype).eps * values.abs().max(): self.basis[self.n] = residual.div_(self.beta)
         else: self.start(seed)
 
-    def values(self):
-        return {"n": self.n, "n_restarts": self.n_restarts, "T": self.T, "beta": self.beta, "basis": self.basis[:self.n + 1].clone()}
+    def values(self): return {"n": self.n, "n_restarts": self.n_restarts, "T": self.T, "beta": self.beta, "basis": self.basis}
 
 # %% ../nbs/31_spectrum.ipynb #f0fa9089
 def top_eigenpairs(
@@ -181,42 +241,41 @@ def top_eigenpairs(
     *,
     which: str = "LA",  # "LA" largest, "SA" smallest, "LM" largest in size, "BE" both ends
     tol: float = 1e-3,  # Residual over |eigenvalue| to reach
-    max_products: int = 500,
-    basis_size: int | None = None,  # Vectors kept; None for 4 k + 20, or what the limit holds
+    max_products: int = 500,  # At least k + 1
+    basis_size: int | None = None,  # Vectors kept, at least k + 2; None for 4 k + 20, or what the limit holds
     memory_limit: int | str | None = None,  # Logical bytes of basis and product; None for the operator's own limit
     seed: int = 0,  # Seeds the first vector
-    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute
+    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute; costs a product
 ) -> tuple[torch.Tensor, torch.Tensor, EigenInfo]:  # (k,) eigenvalues, (d, k) eigenvectors, how
     "Extreme eigenpairs by Lanczos with full re-orthogonalisation and thick restart (Wu and Simon 2000)"
     matrix = _Matrix(A, memory_limit)
     if which not in _SIDES: raise InvalidInput(f"which is one of {', '.join(_SIDES)}, not {which!r}")
     if type(k) is not int or not 1 <= k <= matrix.d: raise InvalidInput(f"k is a count from 1 to {matrix.d}, not {k!r}")
-    size = min(matrix.d, max(basis_size or 4 * k + 20, k + 2))
+    _check_search(k, matrix.d, tol, max_products, basis_size)
+    size = min(matrix.d, 4 * k + 20 if basis_size is None else basis_size)
     size = matrix.room(size + k + 2, min(matrix.d, k + 3) + k + 2, "the Lanczos basis") - k - 2
     state = _State(checkpoint, matrix, k=k, which=which, seed=seed, basis_size=size)
     with matrix.reserve(size + k + 1), ProgressBar(desc="Lanczos", unit="products") as bar:
-        lanczos, saved = _Lanczos(matrix, size, state.load()), state.load()
-        _resume(lanczos, bool(saved), seed)
+        lanczos = _Lanczos(matrix, size, state.load())
+        if not lanczos.n: lanczos.start(seed)
         while True:
             residual = lanczos.grow(seed + 1)
             bar.update()
             done, chosen, errors = _judge(lanczos, which, k, tol)
-            state.save(lanczos.values)
-            if done or lanczos.n == matrix.d or matrix.n_products >= max_products: break
+            if done or (chosen is not None and matrix.n_products >= max_products): break
             if lanczos.n == size: lanczos.shrink(_kept(lanczos, which, k, size), residual, seed + 1)
+            state.save(lanczos.values)
         values, vectors = lanczos.ritz()
         _rotate(lanczos.basis, vectors[:, chosen])
         pairs = values[chosen].to(matrix.dtype), lanczos.basis[:k].clone().T
     return *pairs, EigenInfo(errors, done, matrix.n_products, lanczos.n_restarts, size, size * matrix.vector_bytes)
 
 
-def _resume(lanczos, found, seed):
-    "Begin, or check that what was saved belongs to this matrix"
-    if not found: return lanczos.start(seed)
-    values, vectors = lanczos.ritz()
-    v = lanczos.basis[:lanczos.n].T @ vectors[:, -1].to(lanczos.basis)
-    if not math.isclose(float(v @ lanczos.matrix.times(v)), float(values[-1]), rel_tol=1e-3, abs_tol=1e-6):
-        raise InvalidInput("the checkpoint belongs to another matrix: its largest eigenvalue does not come back. Name another file, or delete it")
+def _check_search(k, d, tol, max_products, basis_size):
+    if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf): raise InvalidInput(f"tol is a number, at least 0, not {tol!r}")
+    for name, count, least in (("max_products", max_products, min(k + 1, d)), ("basis_size", basis_size, min(k + 2, d))):
+        if name == "basis_size" and count is None: continue
+        if type(count) is not int or count < least: raise InvalidInput(f"{name} is a count, for k={k} at least {least}, not {count!r}")
 
 
 def _judge(lanczos, which, k, tol):
@@ -226,7 +285,8 @@ def _judge(lanczos, which, k, tol):
     chosen = _SIDES[which](values, k)
     errors = lanczos.beta * vectors[-1, chosen].abs()
     noise = 10 * torch.finfo(lanczos.matrix.dtype).eps * values.abs().max()
-    return bool((errors <= (tol * values[chosen].abs()).clamp_min(noise)).all()) and lanczos.n > k, chosen, errors
+    good = bool((errors <= (tol * values[chosen].abs()).clamp_min(noise)).all()) and lanczos.n > k
+    return good or lanczos.n == lanczos.matrix.d, chosen, errors
 
 
 def _kept(lanczos, which, k, size):
@@ -242,7 +302,10 @@ class Estimate:
     n_products: int
     method: str  # "exact", "xtrace", "hutch++", "hutchinson", "deflated"
     def __float__(self): return float(self.value)
-    def __str__(self): return f"{float(self):.5g} +- {self.stderr:.2g} ({self.method}, {self.n_products} products)"
+    def __str__(self):
+        x, how = self.value, f"({self.method}, {self.n_products} products)"
+        if not isinstance(x, torch.Tensor): return f"{x:.5g} +- {self.stderr:.2g} {how}"
+        return f"{x.numel():,} values from {x.min():.5g} to {x.max():.5g}, +- {self.stderr.mean():.2g} on average {how}"
 
 # %% ../nbs/31_spectrum.ipynb #306f831a
 N_COLUMNS = 8  # Vectors that share a pass over the data
@@ -250,33 +313,31 @@ N_COLUMNS = 8  # Vectors that share a pass over the data
 
 def _groups(matrix, n, start=0):
     "Indices of vectors that share a product: as many as fit, at most 8"
-    n_columns = N_COLUMNS
-    while matrix.plans and n_columns > 1:
-        try: matrix.A.plan_for(n_columns); break
-        except MemoryBudgetExceeded: n_columns //= 2
+    n_columns = matrix.columns(N_COLUMNS)
     return [range(i, min(i + n_columns, n)) for i in range(start, n, n_columns)]
 
 
-def _range_basis(matrix, basis, seed, state, bar):
-    "Orthonormal basis of A times random vectors, in place; returns R with basis' R = A Omega"
+def _range_basis(matrix, size, seed, state, bar):
+    "Orthonormal basis of A times random vectors, and R with basis' R = A Omega"
     saved = state.load()
-    R, done = saved.get("R", torch.zeros(len(basis), len(basis), dtype=torch.float64)), saved.get("n", 0)
-    if done: basis[:done] = saved["basis"]
-    for group in _groups(matrix, len(basis), done):
+    R, done = saved.get("R", torch.zeros(size, size, dtype=torch.float64)), saved.get("n", 0)
+    basis = _saved_basis(saved, size, matrix)
+    for group in _groups(matrix, size, done):
         products = matrix.times(matrix.probes(seed, group))
         for i, y in zip(group, products.unbind(1), strict=True):
-            norm, y = float(y.norm()), y.clone()
+            norm = float(y.norm())
             R[:i, i] = _orthogonalize(basis[:i], y)
             R[i, i] = left = float(y.norm())
             if left <= 10 * torch.finfo(y.dtype).eps * norm or not left:
-                R[i, i], y = 0.0, matrix.probe(seed + 1, i)
+                R[i, i] = 0.0
+                y.copy_(matrix.probe(seed + 1, i))
                 _orthogonalize(basis[:i], y)
                 left = float(y.norm())
             basis[i] = y.div_(left)
         del products, y  # Or they are there beside the next product
         bar.update(len(group))
-        state.save(lambda: {"R": R, "n": group[-1] + 1, "basis": basis[:group[-1] + 1].clone()})  # noqa: B023
-    return R
+        state.save(lambda: {"R": R, "n": group[-1] + 1, "basis": basis})  # noqa: B023
+    return basis, R
 
 
 def _projected(matrix, basis, bar, use=None):
@@ -299,7 +360,7 @@ def trace(
     *,
     memory_limit: int | str | None = None,  # Logical bytes of vectors and product; None for the operator's own limit
     seed: int = 0,  # Seeds the probes
-    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute
+    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute; costs a product
 ) -> Estimate:  # Value, standard error, products used
     "Trace by XTrace (Epperly, Tropp and Webber 2024); by Hutch++ (Meyer et al. 2021) where half as many vectors do not fit"
     matrix = _Matrix(A, memory_limit)
@@ -309,8 +370,7 @@ def trace(
     if n_basis < n_products // 2: n_basis = min(n_basis, n_products // 3)
     state = _State(checkpoint, matrix, n_products=n_products, seed=seed, n_basis=n_basis)
     with matrix.reserve(n_basis), ProgressBar(desc="trace", unit="products", total=n_products) as bar:
-        basis = torch.zeros(n_basis, matrix.d, dtype=matrix.dtype, device=matrix.device)
-        R = _range_basis(matrix, basis, seed, state, bar)
+        basis, R = _range_basis(matrix, n_basis, seed, state, bar)
         H = _projected(matrix, basis, bar)
         if n_basis == n_products // 2: samples, method = _xtrace(matrix, basis, R, H, seed), "xtrace"
         else: samples, method = float(H.trace()) + _remainder(matrix, basis, n_products - 2 * n_basis, seed,
@@ -333,7 +393,7 @@ def _xtrace(matrix, basis, R, H, seed):
     m, samples = len(basis), []
     for i in range(m):
         probe = matrix.probe(seed, i)
-        w, norm_sq = (basis @ probe).double().cpu(), float(probe.square().sum(dtype=torch.float64))
+        w, norm_sq = (basis @ probe).double().cpu(), _dot(probe, probe)
         U, sizes, _ = torch.linalg.svd(R[:, [j for j in range(m) if j != i]], full_matrices=False)
         U = U[:, sizes > 1e-12 * sizes.max()]
         u = U @ (U.T @ w)
@@ -350,7 +410,7 @@ def _remainder(matrix, basis, n, seed, bar):
         for column in probes.unbind(1): _orthogonalize(basis, column)
         del column
         products = matrix.times(probes)
-        samples += [float((probe * product).sum(dtype=torch.float64)) for probe, product in zip(probes.unbind(1), products.unbind(1), strict=True)]
+        samples += [_dot(probe, product) for probe, product in zip(probes.unbind(1), products.unbind(1), strict=True)]
         del probes, products
         bar.update(len(group))
     return torch.tensor(samples, dtype=torch.float64)
@@ -362,7 +422,7 @@ def diagonal(
     *,
     memory_limit: int | str | None = None,  # Logical bytes of vectors and product; None for the operator's own limit
     seed: int = 0,  # Seeds the probes
-    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute
+    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute; costs a product
 ) -> Estimate:  # Values and standard errors of shape (d,)
     "Diagonal, exact on a basis of the range and Hutchinson's estimate on the rest (Baston and Nakatsukasa 2022)"
     matrix = _Matrix(A, memory_limit)
@@ -372,19 +432,21 @@ def diagonal(
     n_probes = n_products - 2 * n_basis
     state = _State(checkpoint, matrix, n_products=n_products, seed=seed, n_basis=n_basis)
     with matrix.reserve(n_basis + 3), ProgressBar(desc="diagonal", unit="products", total=n_products) as bar:
-        basis = torch.zeros(n_basis, matrix.d, dtype=matrix.dtype, device=matrix.device)
         total, squares, known = torch.zeros(3, matrix.d, dtype=matrix.dtype, device=matrix.device)
-        _range_basis(matrix, basis, seed, state, bar)
+        basis, _ = _range_basis(matrix, n_basis, seed, state, bar)
         H = _projected(matrix, basis, bar, lambda i, product: known.addcmul_(basis[i], product, value=2))
-        for part, known_part in zip(basis.split(2**16, dim=1), known.split(2**16), strict=True): known_part.sub_((part * (H.to(part) @ part)).sum(0))
+        width = matrix.d // (2 * n_basis + 1) + 1
+        for part, known_part in zip(basis.split(width, dim=1), known.split(width), strict=True): known_part.sub_((part * (H.to(part) @ part)).sum(0))
         for group in _groups(matrix, n_probes):
             probes = matrix.probes(seed + 2, group, "signs")
             for probe in probes.unbind(1): _orthogonalize(basis, probe)
-            for i, product in zip(group, matrix.times(probes).unbind(1), strict=True):
+            products = matrix.times(probes)
+            del probes, probe
+            for i, product in zip(group, products.unbind(1), strict=True):
                 _orthogonalize(basis, product)
                 total.add_(product.mul_(matrix.probe(seed + 2, i, "signs")))
                 squares.addcmul_(product, product)
-            del probes, probe, product
+            del products, product
             bar.update(len(group))
     mean = total.div_(n_probes)
     spread = squares.div_(n_probes).addcmul_(mean, mean, value=-1).clamp_min_(0).div_(n_probes - 1).sqrt_()
@@ -392,13 +454,14 @@ def diagonal(
 
 
 def _exact_diagonal(matrix):
-    value = torch.zeros(matrix.d, dtype=matrix.dtype, device=matrix.device)
-    for group in _groups(matrix, matrix.d):
-        columns = torch.zeros(len(group), matrix.d, dtype=matrix.dtype, device=matrix.device).T
-        for j, i in enumerate(group): columns[i, j] = 1
-        value[group.start:group.stop] = matrix.times(columns)[group.start:group.stop].diagonal()
-        del columns
-    return Estimate(value, torch.zeros_like(value), matrix.n_products, "exact")
+    with matrix.reserve(1):
+        value = torch.zeros(matrix.d, dtype=matrix.dtype, device=matrix.device)
+        for group in _groups(matrix, matrix.d):
+            columns = torch.zeros(len(group), matrix.d, dtype=matrix.dtype, device=matrix.device).T
+            for j, i in enumerate(group): columns[i, j] = 1
+            value[group.start:group.stop] = matrix.times(columns)[group.start:group.stop].diagonal()
+            del columns
+        return Estimate(value, torch.zeros_like(value), matrix.n_products, "exact")
 
 # %% ../nbs/31_spectrum.ipynb #84772aa1
 @dataclass(frozen=True)
@@ -444,32 +507,22 @@ def spectral_density(
     n_steps: int = 40,  # Products for each
     memory_limit: int | str | None = None,  # Logical bytes of vectors and product; None for the operator's own limit
     seed: int = 0,  # Seeds the probes
-    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute
+    checkpoint: str | Path | None = None,  # File to go on from, and to save to every minute; costs a product
 ) -> SpectralDensity:
     "Where the eigenvalues lie, by stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017)"
-    matrix, n_steps = _Matrix(A, memory_limit), min(n_steps, _Matrix(A, memory_limit).d)
-    if n_probes < 1 or n_steps < 1: raise InvalidInput(f"n_probes={n_probes!r} and n_steps={n_steps!r} must be counts, at least 1")
-    state, rules = _State(checkpoint, matrix, n_probes=n_probes, n_steps=n_steps, seed=seed), []
-    saved = state.load()
-    rules = list(saved.get("rules", []))
+    matrix = _Matrix(A, memory_limit)
+    if not (type(n_probes) is int and type(n_steps) is int and n_probes >= 1 and n_steps >= 1):
+        raise InvalidInput(f"n_probes={n_probes!r} and n_steps={n_steps!r} must be counts, at least 1")
+    n_steps = min(n_steps, matrix.d)
+    state = _State(checkpoint, matrix, n_probes=n_probes, n_steps=n_steps, seed=seed)
+    rules = list(state.load().get("rules", []))
     with ProgressBar(desc="density", unit="products", total=n_probes * n_steps) as bar:
         while len(rules) < n_probes:
-            group = _density_group(matrix, min(n_probes - len(rules), N_COLUMNS))
+            group = matrix.columns(min(n_probes - len(rules), N_COLUMNS), 2)
             with matrix.reserve(2 * group): rules += _quadrature(matrix, range(len(rules), len(rules) + group), n_steps, seed, bar)
             state.save(lambda: {"rules": torch.stack(rules)}, now=True)  # noqa: B023
     nodes, weights = torch.stack(rules).unbind(1)
     return SpectralDensity(nodes, weights, matrix.d, matrix.n_products)
-
-
-def _density_group(matrix, n):
-    "Probes at once: their vectors and those of the product before must fit"
-    while n > 1:
-        try:
-            with matrix.reserve(2 * n):
-                if matrix.plans: matrix.A.plan_for(n)
-                return n
-        except MemoryBudgetExceeded: n //= 2
-    return 1
 
 
 def _quadrature(matrix, probes, n_steps, seed, bar):

@@ -154,12 +154,12 @@ class Journal:
 
     def log_row(
         self,
-        values: dict,  # Names and numbers, such as a row of a history; what is no number, or NaN, is left out
+        values: dict,  # Names and numbers of Python, numpy or torch, such as a row of a history; what is no finite number is left out
         *,
         step: int | None = None,  # None for the row's "epoch"
     ) -> None:
         "Numbers at a step; fits as the callback of `train_wgan`"
-        numbers = {name: float(v) for name, v in values.items() if isinstance(v, (int, float)) and name != "epoch" and not math.isnan(v)}
+        numbers = {name: number for name, v in values.items() if name != "epoch" and (number := _number(v)) is not None}
         self._write("metrics", step=int(values.get("epoch", 0) if step is None else step), values=numbers)
 
     def log_file(
@@ -181,6 +181,14 @@ class Journal:
 
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.close(status="FINISHED" if kind is None else "FAILED")
+
+
+def _number(value):
+    "None for what is no finite number; JSON has no others"
+    if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0): return None
+    try: number = float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, OverflowError): return None
+    return number if math.isfinite(number) else None
 
 # %% ../nbs/28_tracking.ipynb #8ee0cc60
 def _mend(path):

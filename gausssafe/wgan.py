@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from . import metrics, mixture
 from .checkpoint import Checkpoints, load_checkpoint, read_about, write_whole
-from .errors import InvalidInput, NotFinite, invalid_field, unknown_name
+from .errors import DiskFull, InvalidInput, NotFinite, invalid_field, unknown_name
 from .memory import MemoryMonitor, read_limit, read_memory
 from .networks import BoundedGenerator, Critic, DirectGenerator, GaussianGenerator, ResidualGenerator, sign_loss, sign_reward
 from .noise import ClassicalNoise, MapNoise, QuantumNoise, QuantumShadowNoise, seed_streams
@@ -52,6 +53,13 @@ class _Checked(BaseModel, frozen=True, extra="forbid", strict=True):
     def _check_hidden(cls, hidden):
         if min(hidden) < 1: raise ValueError("a layer is at least 1 wide")
         return hidden
+
+    @field_validator("n_threads", check_fields=False)
+    @classmethod
+    def _check_threads(cls, n_threads):
+        most = max(64, 4 * (os.cpu_count() or 1))
+        if n_threads > most: raise ValueError(f"{n_threads:,} threads on {os.cpu_count()} cores would wait for each other: use at most {most}")
+        return n_threads
 
     @field_validator("device", check_fields=False)
     @classmethod
@@ -93,15 +101,15 @@ class WGANConfig(_Checked):
     batch_size: int = Field(256, ge=2)
     epochs: int = Field(50, ge=1)  # Of n_train / batch_size generator steps
     seed: int = Field(41, ge=0)  # Of everything: data, weights, noise, order
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     averaging: float = Field(0.99, ge=0, lt=1)  # What is measured and sampled is an average over steps; this share of it is kept at each. 0: none
     n_critic: int = Field(5, ge=1)  # Critic steps for each of the generator
-    gradient_penalty: float = Field(0.2, ge=0)  # Weight of the penalty on the critic's slope
+    gradient_penalty: float = Field(0.2, ge=0, allow_inf_nan=False)  # Weight of the penalty on the critic's slope
     generator: Literal["gaussian", "direct", "bounded", "residual"] = "gaussian"
     hidden: tuple[int, ...] = Field((256, 256), min_length=1, strict=False)
     critic_hidden: tuple[int, ...] = Field((256, 256), min_length=1, strict=False)  # As `hidden` is the generator's: widths of its layers
     killer: bool = False  # Punish points with x < 0 by a value network
-    killer_weight: float = Field(100.0, ge=0)  # Of its reward, against the critic's score
+    killer_weight: float = Field(100.0, ge=0, allow_inf_nan=False)  # Of its reward, against the critic's score
     predictor_hidden: tuple[int, ...] = Field((128, 128), min_length=1, strict=False)  # Of the value network
     n_predictor: int = Field(5, ge=1)  # Steps of the value network for each of the generator
     target: str = "two_gaussians"  # Or "ring", "grid", "uniform_square", or a file "points.csv"
@@ -114,7 +122,7 @@ class WGANConfig(_Checked):
     metrics_every: int = Field(1, ge=1)  # Epochs from one full measurement to the next, the last included; in between, the cheap ones
     early_stop: bool = False  # End once `best_by` has stopped falling
     patience: int = Field(10, ge=1)  # Measurements without progress before that
-    min_delta: float = Field(1e-4, ge=0)  # What counts as progress, in the mean over a window
+    min_delta: float = Field(1e-4, ge=0, allow_inf_nan=False)  # What counts as progress, in the mean over a window
     window: int = Field(5, ge=1)  # Measurements in that mean
     best_by: str = "wasserstein"  # The metric, a distance, that ranks checkpoints and decides on convergence
     checkpoint_every: int = Field(1, ge=1)  # Epochs from one checkpoint to the next, if there is an out_dir; the last is always saved
@@ -690,25 +698,26 @@ class _Saver:
     "A run's checkpoints, if it keeps any"
 
     def __init__(self, training, resume):
-        config, self.training, self.saved = training.config, training, None
+        config, self.training = training.config, training
         folder = config.out_dir and Path(config.out_dir) / "checkpoints"
         self.folder = folder and Checkpoints(folder, keep_last=config.keep_last, keep_best=config.keep_best)
         self.old = self.folder.list() if self.folder and resume is None else []
         if self.old: _check_finished(self.old[-1], config)
-        self.path = None if resume is None else _newest(Path(resume), config)
+        self.paths = [] if resume is None else _newest_first(Path(resume), config)
+        if self.folder: _require_writable(config.out_dir, folder)
 
-    def load(self, ideal):
+    def load(self, judge, ideal):
         "What there is to go on from, put in place; None to begin"
-        if self.path is None: return None
-        tensors, about = load_checkpoint(self.path)
-        if about.get("light"): raise InvalidInput(f"{self.path} was kept for its score and holds the generator alone: go on from one of the last")
-        if "fingerprint" not in about: raise InvalidInput(f"{self.path} is no checkpoint of a WGAN")
-        _check_same(self.training, about["fingerprint"], self.path)
+        if not self.paths: return None
+        path, tensors, about = _first_readable(self.paths)
+        if about.get("light"): raise InvalidInput(f"{path} was kept for its score and holds the generator alone: go on from one of the last")
+        if "fingerprint" not in about: raise InvalidInput(f"{path} is no checkpoint of a WGAN")
+        _check_same(self.training, about["fingerprint"], path)
         if about["torch"] != torch.__version__:
-            warnings.warn(f"{self.path} is from torch {about['torch']}, this is {torch.__version__}: the last digits may differ", stacklevel=3)
+            warnings.warn(f"{path} is from torch {about['torch']}, this is {torch.__version__}: the last digits may differ", stacklevel=3)
         _restore(self.training, tensors)
         self.training.step = about["step"]
-        return _progressed(tensors, about, ideal)
+        return _made_longer(_progressed(tensors, about, ideal), self.training.config, judge)
 
     def save(self, done, loss):
         if not self.folder: return
@@ -724,13 +733,45 @@ def _check_finished(checkpoint, config):
                            f"go on with resume={config.out_dir!r}, or take another out_dir")
 
 
-def _newest(path, config):
-    "The checkpoint that `resume` means"
-    if path.is_file(): return path
-    newest = Checkpoints(path / "checkpoints").latest()
-    if newest: return newest.path
-    if config.out_dir is None or path.resolve() != Path(config.out_dir).resolve(): raise InvalidInput(f"there is no run {path} to go on from")
-    return None
+def _require_writable(*folders):
+    "Before the work, not after it"
+    for folder in map(Path, folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / ".writable", b"")
+            (folder / ".writable").unlink()
+        except DiskFull: raise
+        except OSError as error:
+            raise InvalidInput(f"nothing can be written to {folder} ({error.strerror}): take another out_dir") from None
+
+
+def _newest_first(path, config):
+    "The checkpoints that `resume` may mean"
+    if path.is_file(): return [path]
+    found = [c.path for c in reversed(Checkpoints(path / "checkpoints").list()) if not c.light]
+    if found or config.out_dir is not None and path.resolve() == Path(config.out_dir).resolve(): return found
+    raise InvalidInput(f"there is no run {path} to go on from")
+
+
+def _first_readable(paths):
+    "(path, tensors, about) of the first that is whole; a warning names those before it"
+    damaged = []
+    for path in paths:
+        try: found = load_checkpoint(path)
+        except InvalidInput as error: damaged.append(str(error)); continue
+        if damaged: warnings.warn(f"{'; '.join(damaged)}. Going on from {path.name} instead", stacklevel=4)
+        return path, *found
+    raise InvalidInput(f"{damaged[0]}. There is no other to go on from: begin again in another out_dir, or delete {paths[0].parent}")
+
+
+def _made_longer(done, config, judge):
+    "What was the last epoch, and measured in full for being that, is so no more"
+    epoch = len(done.rows)
+    if config.epochs <= epoch or epoch % config.metrics_every == 0 or epoch not in done.samples: return done
+    del done.samples[epoch]
+    done.scores[epoch] = {name: score for name, score in done.scores[epoch].items() if name in judge.cheap}
+    done.rows[-1] |= dict.fromkeys(set(judge.all) - set(judge.cheap), math.nan)
+    return done
 
 # %% ../nbs/25_wgan.ipynb #d6238820
 def n_stale(
@@ -761,7 +802,7 @@ def train_wgan(
         training = _Training(config, data)
         judge, saver = _Judge(training), _Saver(training, resume)
         ideal = judge.ideal()
-        done = saver.load(ideal) or _begin(training, judge)
+        done = saver.load(judge, ideal) or _begin(training, judge)
         started -= done.seconds
         _run_epochs(training, judge, saver, monitor, done, started, progress, callback)
     result = WGANResult(

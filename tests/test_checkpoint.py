@@ -1,5 +1,6 @@
 "Checkpoints are whole or not there, the right ones stay, and a full disk loses nothing"
 import errno
+import gzip
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save as save_tensors
 
 from gausssafe import checkpoint
 from gausssafe.checkpoint import Checkpoint, Checkpoints, load_checkpoint, plan_cleaning, read_about, save_checkpoint, split_by_worth, write_whole
@@ -37,6 +39,7 @@ def test_worth_by_an_obvious_version(losses, keep_last, keep_best):
 def test_a_damaged_one_is_never_counted_as_worth_keeping():
     last, light, gone = split_by_worth([known(1, 3.0), known(2, 2.0), known(3, readable=False)], keep_last=2)
     assert [c.epoch for c in last] == [1, 2] and [c.epoch for c in gone] == [3] and not light
+    assert split_by_worth([known(1, readable=False)]) == ([], [], [])  # Nothing shows whose it is
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
@@ -104,9 +107,10 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
             "path = Path(sys.argv[1]); checkpoint.write_whole(path, b'old')\n"
             "checkpoint.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); checkpoint.write_whole(path, b'new')")
     path = tmp_path / "epoch_00001.safetensors"
+    save_checkpoint(tmp_path / "epoch_00002.safetensors", STATE, {})  # Shows that the folder is a run's
     done = subprocess.run([sys.executable, "-c", code, str(path)])
     assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
-    partial, = (p for p in tmp_path.iterdir() if p != path)
+    partial, = tmp_path.glob("*.partial")
     assert plan_cleaning(tmp_path)[0].why == "cannot be read"  # "old" is no checkpoint; the partial one may still be written
     os.utime(partial, (0, 0))
     assert [a.path for a in plan_cleaning(tmp_path) if a.why == "a write that was killed"] == [partial]
@@ -130,6 +134,39 @@ def test_cleaning_is_listed_then_done(tmp_path):
     assert clean("--keep-last", "0").exit_code == 2
     missing = CliRunner().invoke(main, ["clean", "--checkpoints", str(tmp_path / "gone")])
     assert missing.exit_code == 2 and missing.output.startswith("gausssafe: there is no folder")
+
+
+FOREIGN = {"no metadata": save_tensors({"w": torch.ones(3)}), "other metadata": save_tensors({"w": torch.ones(3)}, {"format": "pt"}), "empty": b"",
+           "no tensors": save_tensors({}), "cut": save_tensors({"w": torch.ones(3)})[:20], "text": b"not ours", "list": b"\2" + 7 * b"\0" + b"[]"}
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_cleaning_leaves_the_files_of_others(tmp_path, name, archived):
+    path = tmp_path / ("epoch_1.safetensors" + ".gz" * archived)
+    path.write_bytes(gzip.compress(FOREIGN[name]) if archived else FOREIGN[name])
+    (tmp_path / "epoch_2.safetensors").mkdir()
+    partial = tmp_path / ".epoch_3.safetensors.7.partial"
+    partial.write_bytes(FOREIGN[name])
+    for old in (path, partial): os.utime(old, (0, 0))
+    assert plan_cleaning(tmp_path, keep_last=1, keep_best=0) == [] and Checkpoints(tmp_path).latest() is None
+    done = CliRunner().invoke(main, ["clean", "--checkpoints", str(tmp_path), "--yes"])
+    assert done.exit_code == 0 and path.exists() and partial.exists()
+    if name not in ("no metadata", "other metadata", "no tensors"): return
+    for epoch in range(5, 9): Checkpoints(tmp_path, keep_last=1).save(epoch, STATE, {})
+    assert path.exists()
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_cut_checkpoint_is_seen_without_its_tensors(tmp_path, archived):
+    run = Checkpoints(tmp_path)
+    for epoch in (1, 2, 3): run.save(epoch, STATE, {})
+    path, newest = (tmp_path / f"epoch_0000{epoch}.safetensors" for epoch in (1, 3))
+    if archived: newest = newest.rename(newest.with_suffix(".safetensors.gz")); newest.write_bytes(gzip.compress(newest.read_bytes()))
+    assert run.latest().epoch == 3
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert run.latest().epoch == 2 and [c.readable for c in run.list()] == [True, True, False]
+    assert [(a.what, a.path, a.why) for a in plan_cleaning(tmp_path)] == [("remove", newest, "cannot be read")] and path.exists()
 
 
 def test_write_whole_replaces(tmp_path):

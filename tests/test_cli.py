@@ -27,6 +27,13 @@ def notebook(tmp_path):
 def gausssafe(*args, **options): return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, **options)
 
 
+def test_as_a_module():
+    def module(*args): return subprocess.run([sys.executable, "-m", "gausssafe.cli", *args], capture_output=True, text=True)
+    assert module("--help").stdout.startswith("Usage: ")
+    refused = module("clean")
+    assert refused.returncode == 2 and refused.stderr.startswith("gausssafe: say what to clean")
+
+
 def test_run_prints_record_and_progress(notebook, tmp_path):
     (tmp_path / "params.yaml").write_text("epochs: 5\n")
     limits = ("--memory-limit", "1GB", "--timeout", "10m")

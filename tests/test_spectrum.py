@@ -147,6 +147,116 @@ def test_a_file_of_another_matrix_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="belongs to another matrix"): top_eigenpairs(2 * A, k=4, checkpoint=tmp_path / "s.pt")
 
 
+MEASURES = {"pairs": lambda A, **how: top_eigenpairs(A, k=3, **how), "trace": lambda A, **how: trace(A, 30, **how),
+            "diagonal": lambda A, **how: diagonal(A, 40, **how), "density": lambda A, **how: spectral_density(A, n_probes=9, n_steps=6, **how)}
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    "Checkpoints are written at every chance"
+    import gausssafe.spectrum as spectrum
+    init = spectrum._State.__init__
+    monkeypatch.setattr(spectrum._State, "__init__", lambda self, *args, **settings: init(self, *args, **{"every_s": 0, **settings}))
+
+
+@pytest.mark.parametrize("other", ["scaled", "shifted", "a rank-one change of 0.1 %"])
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_file_is_tied_to_its_matrix(name, other, tmp_path, eager):
+    A = symmetric(SPECTRA["outliers"])
+    u = torch.nn.functional.normalize(torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), dim=0)
+    B = {"scaled": 3 * A, "shifted": A + 0.01 * torch.eye(300), "a rank-one change of 0.1 %": A + 0.05 * torch.outer(u, u)}[other]
+    MEASURES[name](A, checkpoint=tmp_path / "s.pt")
+    MEASURES[name](A * (1 + 1e-14), checkpoint=tmp_path / "s.pt")  # Round-off is no other matrix
+    with pytest.raises(InvalidInput, match=r"s.pt belongs to another matrix: a product .* Name another file, or delete it"):
+        MEASURES[name](B, checkpoint=tmp_path / "s.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_computed_another_way_is_the_same(dtype, tmp_path, eager):
+    A = symmetric(SPECTRA["outliers"]).to(dtype)
+    class Pieces:
+        shape, device = A.shape, A.device
+        def __matmul__(self, V): return A[:, :100] @ V[:100] + A[:, 100:] @ V[100:]
+    Pieces.dtype = dtype
+    trace(A, 30, checkpoint=tmp_path / "s.pt")
+    assert trace(Pieces(), 30, checkpoint=tmp_path / "s.pt").n_products < 30
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_damaged_or_foreign_file_and_a_missing_folder_are_refused(name, tmp_path, eager):
+    A, file = symmetric(SPECTRA["outliers"]), tmp_path / "s.pt"
+    MEASURES[name](A, checkpoint=file)
+    whole = file.read_bytes()
+    for content in (whole[:500], whole[:-100], b"", b"text"):
+        file.write_bytes(content)
+        with pytest.raises(InvalidInput, match="s.pt is truncated or holds no computation to go on with: name another file"):
+            MEASURES[name](A, checkpoint=file)
+    for content in ({"a": 1}, torch.ones(3), [1], {"key": 1, "values": {}}):
+        torch.save(content, file)
+        with pytest.raises(InvalidInput, match="s.pt is truncated or holds no computation"): MEASURES[name](A, checkpoint=file)
+    never = Stops(A, 1)
+    for path in (tmp_path / "no/such/s.pt", file / "s.pt"):
+        with pytest.raises(InvalidInput, match="no checkpoint can be written to .*: name another file"): MEASURES[name](never, checkpoint=path)
+    assert never.n == 1 and [p.name for p in tmp_path.iterdir()] == ["s.pt"]
+
+
+@pytest.mark.parametrize("n", range(3, 21, 2))
+def test_pairs_go_on_from_any_product(n, tmp_path, eager):
+    "A full basis, too, whose residual is not in the file"
+    A = symmetric(SPECTRA["outliers"])
+    how = dict(k=3, basis_size=8, tol=1e-6)
+    with pytest.raises(KeyboardInterrupt): top_eigenpairs(Stops(A, n), checkpoint=tmp_path / "s.pt", **how)
+    torch.testing.assert_close(top_eigenpairs(A, checkpoint=tmp_path / "s.pt", **how)[0], top_eigenpairs(A, **how)[0])
+
+
+class Diagonal:
+    "Plain: no limit of its own, no plan"
+    def __init__(self, d): self.values, self.shape, self.dtype, self.device = 10 * torch.linspace(0, 1, d) ** 4, (d, d), torch.float32, "cpu"
+    def __matmul__(self, V): return self.values.view(-1, *[1] * (V.ndim - 1)) * V
+
+
+@pytest.mark.parametrize("n_vectors", [14, 20, 37])
+@pytest.mark.parametrize("name", MEASURES)
+def test_limit_holds_for_a_plain_operator_and_its_checkpoint(name, n_vectors, tmp_path, eager):
+    d = 5000
+    A, limit = Diagonal(d), n_vectors * 4 * d
+    for checkpoint in (None, tmp_path / "s.pt", tmp_path / "s.pt"):
+        with count_tensor_bytes() as counted: MEASURES[name](A, memory_limit=limit, checkpoint=checkpoint)
+        assert counted.peak_bytes <= limit
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_limit_that_holds_no_product(name):
+    for A in (np.eye(50), np.eye(20)):  # The second is small enough to be computed exactly
+        with pytest.raises(MemoryBudgetExceeded): MEASURES[name](A, memory_limit=100)
+
+
+@pytest.mark.parametrize("n_vectors", [19, 33])
+def test_limit_holds_for_a_hessian_of_layers(n_vectors):
+    from torch import nn
+
+    from gausssafe.hvp import HessianOperator
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 100), nn.LayerNorm(100), nn.GELU(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 5))
+    params, d = list(model.parameters()), sum(p.numel() for p in model.parameters())
+    H = HessianOperator(model, nn.functional.cross_entropy, params, [(torch.randn(24, 60), torch.randint(5, (24,)))], memory_limit=n_vectors * 4 * d)
+    for measure in (lambda: trace(H, 20), lambda: diagonal(H, 20), lambda: spectral_density(H, n_probes=8, n_steps=3)):
+        with count_tensor_bytes() as counted: measure()
+        assert counted.peak_bytes <= H.limit_bytes
+
+
+def test_an_estimate_prints():
+    A = symmetric(SPECTRA["outliers"])
+    assert str(trace(A, 30)).endswith("(xtrace, 30 products)") and " +- " in str(trace(A, 30))
+    assert str(diagonal(A, 30)).startswith("300 values from ") and str(diagonal(A, 30)).endswith("(deflated, 30 products)")
+
+
+def test_all_pairs_are_exact():
+    values, vectors, info = top_eigenpairs(A := symmetric(SPECTRA["few"]), k=5)
+    assert info.converged and info.n_products == 5
+    torch.testing.assert_close(vectors * values @ vectors.T, A)
+
+
 def test_limit_holds_for_a_hessian():
     "Basis, products and probes together; a smaller basis restarts and finds the same"
     import cases
@@ -177,6 +287,12 @@ def test_bad_input():
     A = torch.eye(10)
     for call, message in ((lambda: top_eigenpairs(A, k=11), "k is a count from 1 to 10, not 11"),
             (lambda: top_eigenpairs(A, which="XX"), "which is one of LA, SA, LM, BE"),
+            (lambda: top_eigenpairs(A, k=3, max_products=3), "max_products is a count, for k=3 at least 4, not 3"),
+            (lambda: top_eigenpairs(A, k=3, max_products=0), "max_products is a count"), (lambda: top_eigenpairs(A, k=3, basis_size=1),
+                "basis_size is a count, for k=3 at least 5, not 1"),
+            (lambda: top_eigenpairs(A, k=3, tol=-1), "tol is a number, at least 0, not -1"), (lambda: top_eigenpairs(A, k=3, tol=np.nan), "tol is"),
+            (lambda: trace(A + 0j), "is real, and this Tensor is of torch.complex64"), (lambda: trace(np.eye(9) + 0j), "is of complex128"),
+            (lambda: spectral_density(A, n_steps=1.5), "must be counts"),
                           (lambda: trace(torch.ones(3, 4)), r"has shape \(3, 4\)"), (lambda: trace("A"), "has shape"), (lambda: trace(A, 3),
                               "at least 4, not 3"),
                           (lambda: diagonal(A, 5), "at least 6, not 5"), (lambda: spectral_density(A, n_probes=0), "n_probes=0")):

@@ -10,7 +10,9 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from gausssafe import tracking
@@ -88,6 +90,17 @@ def test_a_killed_process_has_written_all_its_rows(tmp_path):
             "for epoch in range(200): journal.log_row({'epoch': epoch, 'x': 1.0})\nos.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
     assert [record["step"] for record, _ in read_journal(tmp_path)[1:]] == list(range(200))
+
+
+def test_numbers_of_every_kind_and_only_valid_json(tmp_path):
+    row = {"epoch": np.int64(3), "a": np.float32(1.5), "b": torch.tensor(2.0), "c": np.int64(4), "d": True, "e": torch.tensor(5, requires_grad=False),
+           "f": np.array(6.0), "g": torch.tensor(7.0, requires_grad=True), "h": np.bool_(True)}
+    left_out = {"inf": math.inf, "nan": np.float32("nan"), "minus": torch.tensor(-math.inf), "text": "1.5", "none": None, "many": torch.ones(3),
+                "one": np.ones(1), "list": [1], "complex": 1j, "huge": 10**400}
+    with Journal(tmp_path) as journal: journal.log_row(row | left_out)
+    def refuse(name): raise AssertionError(f"{name} is not JSON")
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    assert lines[1]["values"] == {"a": 1.5, "b": 2, "c": 4, "d": 1, "e": 5, "f": 6, "g": 7, "h": 1} and lines[1]["step"] == 3
 
 
 def test_an_exception_is_a_failure(tmp_path):

@@ -54,6 +54,10 @@ def result(): return train()
     (dict(batch_size=1), "batch_size: Input should be greater than or equal to 2, not 1"),
     (dict(learning_rate=0), "learning_rate: Input should be greater than 0, not 0"),
     (dict(learning_rate=math.nan), "learning_rate: Input should be "),
+    (dict(learning_rate=math.inf), "learning_rate: Input should be a finite number, not inf"),
+    (dict(killer_weight=math.inf), "killer_weight: Input should be a finite number, not inf"),
+    (dict(gradient_penalty=math.inf), "gradient_penalty: Input should be a finite number"),
+    (dict(n_threads=5000), "n_threads: 5,000 threads on "),
     (dict(seed=-1), "seed: Input should be greater than or equal to 0, not -1"),
     (dict(critic_hidden=()), "critic_hidden: Tuple should have at least 1 item"),
     (dict(critic_hidden=(8, 0)), "critic_hidden: a layer is at least 1 wide"),
@@ -463,6 +467,49 @@ def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(InvalidInput, match="epoch_00001.safetensors is truncated"): train_wgan(config, resume=config.out_dir, progress=False)
     wgan.Checkpoints(tmp_path / "other").save(1, {"w": torch.zeros(2)}, {})
     with pytest.raises(InvalidInput, match="is no checkpoint of a WGAN"): train_wgan(config, resume=tmp_path / "other/epoch_00001.safetensors")
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_passed_over(tmp_path):
+    config = tiny(noise="normal", n_critic=1, epochs=3, out_dir=str(tmp_path / "run"))
+    whole = train_wgan(config, progress=False)
+    paths = [c.path for c in wgan.Checkpoints(tmp_path / "run/checkpoints").list()]
+    flipped = bytearray(paths[1].read_bytes())
+    flipped[20] ^= 255
+    for damage in (paths[2].read_bytes()[:-100], b"", bytes(flipped)):
+        paths[2].write_bytes(damage)
+        with pytest.warns(UserWarning, match="epoch_00003.safetensors is truncated .*Going on from epoch_00002.safetensors instead"):
+            again = train_wgan(config, resume=config.out_dir, progress=False)
+        assert again.resumed_from == 2
+        pd.testing.assert_frame_equal(whole.history[MEASURED_ALIKE], again.history[MEASURED_ALIKE], check_exact=True)
+        assert wgan.Checkpoints(tmp_path / "run/checkpoints").latest().epoch == 3
+    for path in paths: path.write_bytes(b"")
+    with pytest.raises(InvalidInput, match="epoch_00003.safetensors is truncated .*begin again in another out_dir, or delete .*checkpoints"):
+        train_wgan(config, resume=config.out_dir, progress=False)
+
+
+@pytest.mark.parametrize("changes", [dict(metrics_every=2), dict(metrics_every=4, early_stop=True, patience=2, window=1, min_delta=10.0)])
+def test_a_run_made_longer_is_the_long_run(tmp_path, changes):
+    config = tiny(noise="normal", n_critic=1, epochs=9, **changes)
+    straight = train_wgan(config, progress=False)
+    for epochs in (3, 5, 9):
+        longer = WGANConfig(**config.model_dump() | dict(epochs=epochs, out_dir=str(tmp_path)))
+        grown = train_wgan(longer, resume=tmp_path, progress=False)
+        assert "mmd" in grown.scores[len(grown.history)]
+    pd.testing.assert_frame_equal(straight.history[MEASURED_ALIKE], grown.history[MEASURED_ALIKE], check_exact=True)
+    assert straight.scores.keys() == grown.scores.keys() and straight.samples.keys() == grown.samples.keys()
+    assert all(straight.scores[epoch].keys() == grown.scores[epoch].keys() for epoch in straight.scores)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("mine")
+    def never(row): raise AssertionError("it trained")
+    for out_dir in ("file", "file/below", "run"):
+        config = tiny(noise="normal", checkpoint_every=100, out_dir=str(tmp_path / out_dir))
+        with pytest.raises(InvalidInput, match="nothing can be written to .* take another out_dir"):
+            train_wgan(config, progress=False, callback=never)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_finished_run_may_be_replaced(tmp_path):
