@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -54,7 +53,7 @@ def _pair(batch):
 
 # %% ../nbs/30_hvp.ipynb #be437b79
 class _Objective:
-    "Model and loss as functions of tensors that stand in for the parameters"
+    "Model and loss, on tensors that stand in for the parameters"
 
     def __init__(self, model, loss_fn, dtype):
         self.model, self.loss_fn, self.dtype = model, loss_fn, dtype
@@ -67,11 +66,22 @@ class _Objective:
         stand_ins = {name: t.detach().to(self.dtype if self.dtype and t.is_floating_point() else t.dtype) for name, t in named.items()}
         return stand_ins, [stand_ins[name].requires_grad_() for name in chosen]
 
-    def outputs(self, stand_ins, x):
-        args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple | list) else ((x,), {})
-        return functional_call(self.model, stand_ins, tuple(args), kwargs)
+    @contextmanager
+    def standing_in(self, stand_ins):
+        "The model made of stand-ins, and made of its own tensors again whatever happens"
+        self.name_of = {id(t): name for name, t in (*self.model.named_buffers(), *self.model.named_parameters())}
+        places = [(held, key, t) for m in self.model.modules() for held in (m._parameters, m._buffers) for key, t in held.items() if t is not None]
+        try:
+            for held, key, t in places: held[key] = stand_ins.get(self.name_of[id(t)], t)
+            yield
+        finally:
+            for held, key, t in places: held[key] = t
 
-    def loss(self, stand_ins, x, y): return self.loss_fn(self.outputs(stand_ins, x), y)
+    def outputs(self, x):
+        args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple | list) else ((x,), {})
+        return self.model(*args, **kwargs)
+
+    def loss(self, x, y): return self.loss_fn(self.outputs(x), y)
 
 # %% ../nbs/30_hvp.ipynb #3d316e51
 def _value(loss, what="the loss"):
@@ -92,11 +102,11 @@ def _accumulate(tensors, cotangents, leaves, totals, keep):
     for leaf in leaves: leaf.grad = None
 
 # %% ../nbs/30_hvp.ipynb #b717ea6c
-def _reverse_hessian(objective, stand_ins, leaves, x, y, rows, out):
+def _reverse_hessian(objective, leaves, x, y, rows, out):
     "Add n H V of n samples to `out`: one gradient graph, differentiated once a vector"
     n = _n_samples(x)
     with gathered_ends() as ends:
-        loss = objective.loss(stand_ins, x, y)
+        loss = objective.loss(x, y)
         value = n * _value(loss)
         _, pairs = _graph_ends(n * loss, leaves, None, ends)
         del loss
@@ -125,9 +135,9 @@ def _reverse_outer(zs, curve, leaves, rows, out):
         _accumulate(zs, curve(pushed), leaves, _views(total, leaves), j < len(rows) - 1)
 
 
-def _reverse_ggn(objective, stand_ins, leaves, x, y, rows, out):
+def _reverse_ggn(objective, leaves, x, y, rows, out):
     "Add n GGN V of n samples to `out`"
-    n, outputs = _n_samples(x), objective.outputs(stand_ins, x)
+    n, outputs = _n_samples(x), objective.outputs(x)
     zs = [z for z in tree_leaves(outputs) if isinstance(z, torch.Tensor) and z.requires_grad]
     ends = [z.detach().requires_grad_() for z in zs]
     swap = {id(z): end for z, end in zip(zs, ends, strict=True)}
@@ -142,9 +152,9 @@ def _reverse_ggn(objective, stand_ins, leaves, x, y, rows, out):
     return value
 
 
-def _reverse_fisher(objective, stand_ins, leaves, x, y, rows, out):
+def _reverse_fisher(objective, leaves, x, y, rows, out):
     "Add the sum of g g' V over n samples to `out`"
-    n, outputs = _n_samples(x), objective.outputs(stand_ins, x)
+    n, outputs = _n_samples(x), objective.outputs(x)
     def sample(tree, i): return tree_map(lambda t: t[i:i + 1] if isinstance(t, torch.Tensor) and t.ndim else t, tree)
     losses = torch.stack([objective.loss_fn(sample(outputs, i), sample(y, i)) for i in range(n)])
     value = _value(losses.sum())
@@ -211,7 +221,8 @@ def _find_chain(objective, x):
     found, stand_ins = [], objective.tensors(dict(objective.model.named_parameters()))[0]
     lists = [list(m) for m in objective.model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
     every = list({id(block): block for blocks in lists for block in blocks}.values())
-    with _recorded(every) as calls, saved_tensors_hooks(lambda t: None, lambda _: None): objective.outputs(stand_ins, x)  # Only who depends on whom
+    with objective.standing_in(stand_ins), _recorded(every) as calls, saved_tensors_hooks(lambda t: None, lambda _: None):
+        objective.outputs(x)  # Only who depends on whom
     for blocks in lists:
         while blocks and any(call.block is blocks[0] and not (isinstance(call.h, torch.Tensor) and call.h.requires_grad)
                 for call in calls): blocks = blocks[1:]
@@ -235,37 +246,36 @@ class _Segment:
     def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i].contiguous() for i in self.indices]
 
 
-def _segments(objective, stand_ins, chosen, x, y, calls):
+def _segments(objective, chosen, x, y, calls):
     "Prefix, blocks and suffix; the summed loss is the end of the suffix"
     inside = {id(m) for call in calls for m in call.block.modules()}
-    outer = {objective.name_of[id(p)] for m in objective.model.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
+    names = {id(p): name for name, p in objective.model.named_parameters()}
+    outer = {names[id(p)] for m in objective.model.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
     def segment(fn, owned): return _Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
 
     def prefix(_):
         def stop(h, *args, **kwargs): raise _Reached(h)
         try:
-            with _forwards([(calls[0].block, stop)]): objective.outputs(stand_ins, x)
+            with _forwards([(calls[0].block, stop)]): objective.outputs(x)
         except _Reached as reached: return reached.args[0]
 
     def block(call):
-        local = {name: objective.name_of[id(t)] for name, t in (*call.block.named_parameters(), *call.block.named_buffers())}
-        inner = {name: stand_ins[of] for name, of in local.items() if of in stand_ins}
-        return segment(lambda h: _first(functional_call(call.block, inner, (h, *call.args), call.kwargs)), set(local.values()))
+        return segment(lambda h: _first(call.block(h, *call.args, **call.kwargs)), {names[id(p)] for p in call.block.parameters()})
 
     def suffix(h):
         def passing(call): return lambda h, *args, **kwargs: _with_first(call.out, h)
         last = [(calls[-1].block, lambda *args, **kwargs: _with_first(calls[-1].out, h))]
-        with _forwards([(call.block, passing(call)) for call in calls[:-1]] + last): return _n_samples(x) * objective.loss(stand_ins, x, y)
+        with _forwards([(call.block, passing(call)) for call in calls[:-1]] + last): return _n_samples(x) * objective.loss(x, y)
 
     return [segment(prefix, outer), *map(block, calls), segment(suffix, outer)]
 
 # %% ../nbs/30_hvp.ipynb #41a7cf4b
-def _segment_hessian(objective, stand_ins, leaves, x, y, rows, out, *, blocks, chosen):
+def _segment_hessian(objective, leaves, x, y, rows, out, *, blocks, chosen):
     "Add n H V of n samples to `out`, one segment of the model at a time: tangents up, then cotangents and their tangents down"
-    with torch.no_grad(), _recorded(blocks) as calls: value = _n_samples(x) * _value(objective.loss(stand_ins, x, y))
+    with torch.no_grad(), _recorded(blocks) as calls: value = _n_samples(x) * _value(objective.loss(x, y))
     hs = [None, *(call.h for call in calls), _first(calls[-1].out)]
     for call in calls: call.out = _with_first(call.out, None)
-    segments, tangents = _segments(objective, stand_ins, chosen, x, y, calls), [None]
+    segments, tangents = _segments(objective, chosen, x, y, calls), [None]
     views, totals = ([_views(row, leaves) for row in many] for many in (rows, out))
     for segment, h in zip(segments[:-1], hs, strict=False): tangents.append(_push(segment, h, leaves, tangents[-1], views))
     pull, pull_tangents = None, [None] * len(rows)
@@ -433,15 +443,21 @@ def _check_mode(model):
 def _check_loss(objective, chosen, x, y):
     "Two samples tell whether the loss can be used: a finite, repeatable mean over samples that depends on every parameter"
     stand_ins, leaves = objective.tensors(chosen)
-    def loss_of(start, stop): return objective.loss(stand_ins, *_take((x, y), start, stop, leaves[0].device, objective.dtype))
+    def loss_of(start, stop):
+        with objective.standing_in(stand_ins): return objective.loss(*_take((x, y), start, stop, leaves[0].device, objective.dtype))
     n = min(2, _n_samples(x))
     loss = loss_of(0, n)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else repr(loss)
         raise InvalidInput(f"loss_fn must return one number, the mean over samples, not {found}")
     value = _value(loss, f"the loss of the first {n} samples")
-    untouched = sorted(set(chosen) - _touched(loss, dict(zip(map(id, leaves), chosen, strict=True))))
+    touched = _touched(loss)
+    untouched = sorted(name for name, leaf in zip(chosen, leaves, strict=True) if id(leaf) not in touched)
+    passed_by = sorted({objective.name_of[i] for i in touched if i in objective.name_of})
     del loss
+    if passed_by:
+        raise InvalidInput(f"the loss reads {', '.join(passed_by[:5])}{' ...' * (len(passed_by) > 5)} from a reference made before, so that this "
+                           "part would be left out: look parameters up as the loss runs, such as model.parameters() inside loss_fn")
     if untouched:
         raise InvalidInput(f"the loss does not depend on {', '.join(untouched[:5])}{' ...' * (len(untouched) > 5)}: leave them out of params")
     again, alone = loss_of(0, n).item(), sum(loss_of(i, i + 1).item() for i in range(n)) / n
@@ -456,14 +472,14 @@ def _check_loss(objective, chosen, x, y):
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
-def _touched(loss, names):
-    "Names of the leaves that a graph ends in, once known to have no step that can be differentiated only once"
+def _touched(loss):
+    "Ids of the leaves that a graph ends in, once known to have no step that can be differentiated only once"
     nodes, seen, found = [loss.grad_fn], set(), set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen: continue
         seen.add(node)
-        if hasattr(node, "variable"): found.add(names.get(id(node.variable)))
+        if hasattr(node, "variable"): found.add(id(node.variable))
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         if getattr(backward, "__code__", None) is _ONCE:  # torch would leave its part out in silence
             raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable.")
@@ -617,7 +633,9 @@ class _Planner(_Budgeted):
         "A function of a range of samples that adds their product to `out`"
         stand_ins, leaves = self._objective.tensors(self.names)
         run = self._segments if engine == "segments" else self._reverse
-        def step(start, stop): return run(stand_ins, leaves, *_take((x, y), start, stop, self.device, self._objective.dtype), rows, out)
+        def step(start, stop):
+            chunk = _take((x, y), start, stop, self.device, self._objective.dtype)
+            with self._objective.standing_in(stand_ins): return run(leaves, *chunk, rows, out)
         return step
 
     def _planned(self, n_vectors, x, y, strided):

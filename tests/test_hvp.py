@@ -305,6 +305,41 @@ def test_a_model_that_differentiates_inside():
     torch.testing.assert_close(H @ v, expected, atol=1e-6, rtol=1e-4)
 
 
+class Twice(nn.Module):
+    "One module by two names"
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b = self.a
+
+    def forward(self, x): return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def test_the_model_is_itself_again():
+    "A module by two names too, and after an error in the middle of a product"
+    model = cases.randomize(Twice())
+    before = [(id(p), type(p)) for m in model.modules() for p in m._parameters.values()]
+    H, v = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X, Y)]), torch.randn(35)
+    assert relative_error(H @ v, reference.double_backward(model, F.cross_entropy, X.double(), Y, v)) < 1e-5
+    def failing(z, y): raise KeyboardInterrupt
+    H._objective.loss_fn = failing
+    with pytest.raises(KeyboardInterrupt): H @ v
+    assert [(id(p), type(p)) for m in model.modules() for p in m._parameters.values()] == before
+
+
+@pytest.mark.parametrize("engine", ["reverse"])
+def test_a_penalty_on_the_parameters(engine):
+    "Found where the model's parameters are looked up; refused where a list of them was made before"
+    model, loss_fn, x, y = cases.curvature_case("tanh mlp, squares")
+    params = list(model.parameters())
+    def penalised(model): return lambda z, y: loss_fn(z, y) + sum((p**4).sum() for p in model.parameters())
+    H, v = forced(HessianOperator(model, penalised(model), params, [(x, y)]), engine, 3), torch.randn(sum(p.numel() for p in params))
+    bend = torch.cat([12 * p.detach().double().flatten() ** 2 for p in params]) * v.double()
+    assert relative_error(H @ v, reference.double_backward(model, loss_fn, x.double(), y.double(), v) + bend) < 1e-5
+    with pytest.raises(InvalidInput, match=r"the loss reads .* from a reference made before.*model.parameters\(\) inside loss_fn"):
+        HessianOperator(model, lambda z, y: loss_fn(z, y) + sum(p.square().sum() for p in params), params, [(x, y)])
+
+
 RANK = """
 import sys, torch, torch.distributed as dist, torch.nn.functional as F
 sys.path.insert(0, {tests!r})
