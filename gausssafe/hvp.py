@@ -71,11 +71,14 @@ class _Objective:
         "The model made of stand-ins, and made of its own tensors again whatever happens"
         self.name_of = {id(t): name for name, t in (*self.model.named_buffers(), *self.model.named_parameters())}
         places = [(held, key, t) for m in self.model.modules() for held in (m._parameters, m._buffers) for key, t in held.items() if t is not None]
+        configs = {id(c): c for c in (getattr(m, "config", None) for m in self.model.modules()) if getattr(c, "use_cache", None) is True}
         try:
             for held, key, t in places: held[key] = stand_ins.get(self.name_of[id(t)], t)
+            for config in configs.values(): config.use_cache = False  # Keys and values for later tokens, which nobody reads here
             yield
         finally:
             for held, key, t in places: held[key] = t
+            for config in configs.values(): config.use_cache = True
 
     def outputs(self, x):
         args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple | list) else ((x,), {})
@@ -167,15 +170,14 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _forwards(replacements):
-    "Blocks that do something else for a while"
-    before = [(block, block.__dict__.get("forward")) for block, _ in replacements]
-    for block, forward in replacements: block.forward = forward
-    try: yield
+def _calling(replacements):
+    "Blocks that do something else when called, their hooks left out, for a while"
+    before = {block: block._compiled_call_impl for block in replacements}
+    try:
+        for block, call in replacements.items(): block._compiled_call_impl = call
+        yield
     finally:
-        for block, forward in before:
-            if forward is None: del block.forward
-            else: block.forward = forward
+        for block, call in before.items(): block._compiled_call_impl = call
 
 
 def _first(out): return out[0] if isinstance(out, tuple) else out
@@ -191,43 +193,101 @@ class _Call:
     h: torch.Tensor
     args: tuple
     kwargs: dict
-    out: object  # A tensor, or a tuple that starts with one
+    out: object = None  # A tensor, or a tuple that starts with one
+    versions: tuple = ()  # Of h before and of what follows it after
+
+    def is_intact(self): return self.versions == (self.h._version, _first(self.out)._version)
 
 
 @contextmanager
 def _recorded(blocks):
-    "The calls of some blocks, in order"
+    "The calls of some blocks, in order, as they look from outside"
     calls = []
-    def note(block, args, kwargs, out): calls.append(_Call(block, args[0] if args else None, args[1:], kwargs, out))
-    handles = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
-    try: yield calls
-    finally:
-        for handle in handles: handle.remove()
+    def recording(block):
+        def call(*args, **kwargs):
+            calls.append(seen := _Call(block, args[0] if args else None, args[1:], kwargs))
+            version = getattr(seen.h, "_version", None)
+            seen.out = block._call_impl(*args, **kwargs)
+            seen.versions = version, getattr(_first(seen.out), "_version", None)
+            return seen.out
+        return call
+    with _calling({block: recording(block) for block in blocks}): yield calls
 
 
 def _is_chain(calls, blocks):
-    "Whether each block is called once, on the result of the one before and on nothing else that depends on parameters"
+    "Whether each block is called once, in order, on the result of the one before, and no result is changed in place"
     if [call.block for call in calls] != blocks: return False
+    tensors = all(isinstance(call.h, torch.Tensor) and isinstance(_first(call.out), torch.Tensor) for call in calls)
+    return tensors and all(_first(a.out) is b.h for a, b in zip(calls, calls[1:], strict=False)) and all(call.is_intact() for call in calls)
+
+# %% ../nbs/30_hvp.ipynb #235f5880
+def _graph(end, cut=None):
+    "(nodes of the graph that ends in a tensor, ids of the leaves it starts from); what only `cut` depends on is left out"
+    stop = None if cut is None else (cut.grad_fn, cut.output_nr)
+    nodes, leaves, edges = set(), set(), [(end.grad_fn, end.output_nr)]
+    while edges:
+        if (edge := edges.pop()) == stop or (node := edge[0]) is None or node in nodes: continue
+        if hasattr(node, "variable"): leaves.add(id(node.variable))
+        else: nodes.add(node)
+        edges += node.next_functions
+    return nodes, leaves
+
+
+def _pieces(calls, loss):
+    "Ids of the leaves of each segment, the one before the blocks first; None if segments depend on each other in more than one tensor"
     def depends(tree): return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves(tree))
-    def simple(call):
-        rest = call.out[1:] if isinstance(call.out, tuple) else ()
-        return isinstance(call.h, torch.Tensor) and isinstance(_first(call.out), torch.Tensor) and not depends((call.args, call.kwargs, rest))
-    linked = all(_first(a.out) is b.h for a, b in zip(calls, calls[1:], strict=False))
-    return linked and all(simple(call) and call.h.requires_grad and not call.h._version for call in calls)
+    def closed(call): return not depends((call.args, call.kwargs, call.out[1:] if isinstance(call.out, tuple) else ()))
+    if not all(call.h.grad_fn and closed(call) for call in calls): return None
+    (before, first), (after, last) = _graph(calls[0].h), _graph(loss, _first(calls[-1].out))
+    met, pieces = before | after, [first]
+    for nodes, leaves in (_graph(_first(call.out), call.h) for call in calls):
+        if nodes & met: return None
+        met |= nodes
+        pieces.append(leaves)
+    return [*pieces, last]
+
+# %% ../nbs/30_hvp.ipynb #aa6ce68c
+@dataclass(frozen=True)
+class _Chain:
+    "Blocks that pass one tensor on, each to the next, and names of the parameters of each segment: before them, each block, after them"
+    blocks: list
+    owned: list[set]
 
 
-def _find_chain(objective, x):
-    "The longest list of blocks that pass one tensor on, each to the next; an empty list if there is none"
-    found, stand_ins = [], objective.tensors(dict(objective.model.named_parameters()))[0]
+def _find_chain(objective, x, y):
+    "The longest chain of blocks; None if there is none"
+    stand_ins = objective.tensors(dict(objective.model.named_parameters()))[0]
     lists = [list(m) for m in objective.model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    every = list({id(block): block for blocks in lists for block in blocks}.values())
-    with objective.standing_in(stand_ins), _recorded(every) as calls, saved_tensors_hooks(lambda t: None, lambda _: None):
-        objective.outputs(x)  # Only who depends on whom
-    for blocks in lists:
-        while blocks and any(call.block is blocks[0] and not (isinstance(call.h, torch.Tensor) and call.h.requires_grad)
-                for call in calls): blocks = blocks[1:]
-        if len(blocks) > len(found) and _is_chain([call for call in calls if call.block in blocks], blocks): found = blocks
-    return found
+    with objective.standing_in(stand_ins):
+        with _recorded({block: None for blocks in lists for block in blocks}) as calls, saved_tensors_hooks(lambda t: None, lambda _: None):
+            loss = objective.loss(x, y)  # Only who depends on whom
+        lists = [blocks[next((i for i, block in enumerate(blocks) if _leads(block, calls)), 0):] for blocks in lists]
+        for blocks in sorted(lists, key=len, reverse=True):
+            mine = [call for call in calls if call.block in blocks]
+            if mine and _is_chain(mine, blocks) and (pieces := _pieces(mine, loss)):
+                chain = _Chain(blocks, _owned(objective.model, blocks, [{name for name, t in stand_ins.items() if id(t) in ids} for ids in pieces]))
+                if _replays(objective, x, y, chain, mine, loss): return chain
+
+
+def _leads(block, calls):
+    "Whether a chain can start with a block: its input depends on parameters each time it is called"
+    return all(isinstance(call.h, torch.Tensor) and call.h.requires_grad for call in calls if call.block is block)
+
+
+def _owned(model, blocks, met):
+    "Names of each segment's parameters: those met on one sample, and those in its place, which another sample may meet"
+    names, inside = {id(p): name for name, p in model.named_parameters()}, {m for block in blocks for m in block.modules()}
+    outer = {names[id(p)] for m in model.modules() if m not in inside for p in m._parameters.values() if p is not None}
+    own = [outer, *({names[id(p)] for p in block.parameters()} for block in blocks), outer]
+    return [a | b for a, b in zip(own, met, strict=True)]
+
+
+def _replays(objective, x, y, chain, calls, loss):
+    "Whether each segment gives again what it gave"
+    hs, ends = [None, *(call.h for call in calls), _first(calls[-1].out)], [*(call.h for call in calls), _first(calls[-1].out), loss]
+    def close(a, b): return a.shape == b.shape and bool(torch.dist(a, b) <= torch.finfo(b.dtype).eps ** 0.5 * b.norm())
+    with torch.no_grad():
+        return all(close(segment.fn(h), end) for segment, h, end in zip(_segments(objective, [], x, y, chain, calls), hs, ends, strict=True))
 
 # %% ../nbs/30_hvp.ipynb #1f7fdae9
 @dataclass(frozen=True)
@@ -246,36 +306,36 @@ class _Segment:
     def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i].contiguous() for i in self.indices]
 
 
-def _segments(objective, chosen, x, y, calls):
+def _segments(objective, chosen, x, y, chain, calls):
     "Prefix, blocks and suffix; the summed loss is the end of the suffix"
-    inside = {id(m) for call in calls for m in call.block.modules()}
-    names = {id(p): name for name, p in objective.model.named_parameters()}
-    outer = {names[id(p)] for m in objective.model.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
-    def segment(fn, owned): return _Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
-
     def prefix(_):
         def stop(h, *args, **kwargs): raise _Reached(h)
         try:
-            with _forwards([(calls[0].block, stop)]): objective.outputs(x)
+            with _calling({calls[0].block: stop}): objective.outputs(x)
         except _Reached as reached: return reached.args[0]
 
-    def block(call):
-        return segment(lambda h: _first(call.block(h, *call.args, **call.kwargs)), {names[id(p)] for p in call.block.parameters()})
+    def block(call): return lambda h: _first(call.block(h, *call.args, **call.kwargs))
 
     def suffix(h):
-        def passing(call): return lambda h, *args, **kwargs: _with_first(call.out, h)
-        last = [(calls[-1].block, lambda *args, **kwargs: _with_first(calls[-1].out, h))]
-        with _forwards([(call.block, passing(call)) for call in calls[:-1]] + last): return _n_samples(x) * objective.loss(x, y)
+        queue = iter(calls)
+        def passing(passed, *args, **kwargs):
+            call = next(queue)
+            return _with_first(call.out, h if call is calls[-1] else passed)
+        with _calling(dict.fromkeys(chain.blocks, passing)): return _n_samples(x) * objective.loss(x, y)
 
-    return [segment(prefix, outer), *map(block, calls), segment(suffix, outer)]
+    return [_Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
+            for fn, owned in zip((prefix, *map(block, calls), suffix), chain.owned, strict=True)]
 
 # %% ../nbs/30_hvp.ipynb #41a7cf4b
-def _segment_hessian(objective, leaves, x, y, rows, out, *, blocks, chosen):
+def _segment_hessian(objective, leaves, x, y, rows, out, *, chain, chosen):
     "Add n H V of n samples to `out`, one segment of the model at a time: tangents up, then cotangents and their tangents down"
-    with torch.no_grad(), _recorded(blocks) as calls: value = _n_samples(x) * _value(objective.loss(x, y))
+    with torch.no_grad(), _recorded(chain.blocks) as calls: value = _n_samples(x) * _value(objective.loss(x, y))
+    if not _is_chain(calls, chain.blocks):
+        raise InvalidInput("the model calls its blocks in another order or manner than for the first sample, so that no product can be made block by "
+                           "block: use a larger memory_limit, under which the whole model fits at once")
     hs = [None, *(call.h for call in calls), _first(calls[-1].out)]
     for call in calls: call.out = _with_first(call.out, None)
-    segments, tangents = _segments(objective, chosen, x, y, calls), [None]
+    segments, tangents = _segments(objective, chosen, x, y, chain, calls), [None]
     views, totals = ([_views(row, leaves) for row in many] for many in (rows, out))
     for segment, h in zip(segments[:-1], hs, strict=False): tangents.append(_push(segment, h, leaves, tangents[-1], views))
     pull, pull_tangents = None, [None] * len(rows)
@@ -473,29 +533,32 @@ _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
 def _touched(loss):
-    "Ids of the leaves that a graph ends in, once known to have no step that can be differentiated only once"
-    nodes, seen, found = [loss.grad_fn], set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        if hasattr(node, "variable"): found.add(id(node.variable))
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE:  # torch would leave its part out in silence
-            raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable.")
-        nodes += [following for following, _ in node.next_functions]
-    return found
+    "Ids of the leaves of a loss, once known to have no step that can be differentiated only once"
+    nodes, leaves = _graph(loss)
+    for step in (getattr(node, "_forward_cls", None) for node in nodes):
+        if getattr(getattr(step, "backward", None), "__code__", None) is _ONCE:  # torch would leave its part out in silence
+            raise RuntimeError(f"{step.__name__} is marked once_differentiable.")
+    return leaves
 
 # %% ../nbs/30_hvp.ipynb #63614cd7
 @contextmanager
 def _differentiable(shared=True):
     "Kernels that have second derivatives, and an error that says what has none"
-    with TwiceDifferentiable() if shared else sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with TwiceDifferentiable() if shared else sdpa_kernel(SDPBackend.MATH), _one_path(), torch.enable_grad():
         try: yield
         except (RuntimeError, NotImplementedError) as error:
             if not any(sign in str(error) for sign in _NO_SECOND): raise
             raise InvalidInput(f"a layer of the model has no second derivative: {str(error).splitlines()[0]} Use a layer made of differentiable "
                                "operations: F.scaled_dot_product_attention for attention, the plain module where it was compiled or fused") from error
+
+
+@contextmanager
+def _one_path():
+    "nn.TransformerEncoder does the same with and without gradients"
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(before)
 
 
 _NO_SECOND = ("is not implemented", "once_differentiable", "does not currently support double backward", "differentiate twice",
@@ -551,7 +614,7 @@ class _Setup:
         self._params = [chosen[name] for name in self.names]
         self.dtype = dtype or _common((p.dtype for p in self._params), "dtype", "name the one to compute in, dtype=torch.float32")
         self.device = _common((p.device for p in chosen.values()), "device", "move the model to one")
-        self._plans, self._peaks, self._plan, self._blocks, self._before, self._shared = {}, {}, None, None, None, True
+        self._plans, self._peaks, self._plan, self._chain, self._before, self._shared = {}, {}, None, None, None, True
         if distributed and not (dist.is_available() and dist.is_initialized()):
             raise InvalidInput("distributed=True needs a process group: call torch.distributed.init_process_group first, "
                                "in each process that torchrun starts")
@@ -662,8 +725,8 @@ class _Planner(_Budgeted):
         for engine in self._engines:
             k = n_vectors if engine == "segments" else min(n_vectors, 2)
             buffer = row.expand(k, -1)
+            if engine == "segments" and not self._has_chain(x, y, left_bytes): break
             with _differentiable(self._shared):
-                if engine == "segments" and not self._has_chain(x, left_bytes): break
                 step = self._step(engine, x, y, buffer.data, buffer)  # One buffer for both: the product of zero is zero
                 model = _probe(lambda n, step=step: step(0, n), n, left_bytes - left_bytes // 50)
                 if not (chunk := min(n, model.largest(left_bytes))): continue
@@ -678,12 +741,15 @@ class _Planner(_Budgeted):
             "Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
             needed_bytes=base_bytes, left_bytes=left_bytes, limit_bytes=self.limit_bytes)
 
-    def _has_chain(self, x, left_bytes):
+    def _has_chain(self, x, y, left_bytes):
         "Whether the model is a chain of blocks, found out on one sample"
-        if self._blocks is None:
-            try: self._blocks = _capped(lambda: _find_chain(self._objective, _take(x, 0, 1, self.device, self._objective.dtype)), left_bytes)[0]
+        if self._chain is None:
+            sample = _take((x, y), 0, 1, self.device, self._objective.dtype)
+            try:
+                with _differentiable(self._shared): self._chain = _capped(lambda: _find_chain(self._objective, *sample), left_bytes)[0] or False
             except _OverLimit: return False
-        return bool(self._blocks)
+            except Exception: self._chain = False  # Whatever a model says to being run in pieces
+        return bool(self._chain)
 
 # %% ../nbs/30_hvp.ipynb #508005ec
 class _Operator(_Planner):
@@ -775,7 +841,7 @@ class HessianOperator(_Operator):
     _engines = ("reverse", "segments")
 
     def _reverse(self, *chunk): return _reverse_hessian(self._objective, *chunk)
-    def _segments(self, *chunk): return _segment_hessian(self._objective, *chunk, blocks=self._blocks, chosen=self.names)
+    def _segments(self, *chunk): return _segment_hessian(self._objective, *chunk, chain=self._chain, chosen=self.names)
 
 
 class GGNOperator(_Operator):

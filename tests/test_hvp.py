@@ -33,7 +33,7 @@ def relative_error(found, expected): return float((found.double() - expected).no
 def forced(operator, engine, chunk):
     "Take an engine and a chunk, whatever the limit says"
     operator.plan_for(1)
-    if engine == "segments": assert operator._has_chain(operator._first()[0], 10**9)
+    if engine == "segments": assert operator._has_chain(*operator._first(), 10**9)
     make = operator._make_plan
     def plan(*args): return __import__("dataclasses").replace(make(*args), engine=engine, chunk=chunk)
     operator._make_plan, operator._plans = plan, {}
@@ -327,7 +327,7 @@ def test_the_model_is_itself_again():
     assert [(id(p), type(p)) for m in model.modules() for p in m._parameters.values()] == before
 
 
-@pytest.mark.parametrize("engine", ["reverse"])
+@pytest.mark.parametrize("engine", ["reverse", "segments"])
 def test_a_penalty_on_the_parameters(engine):
     "Found where the model's parameters are looked up; refused where a list of them was made before"
     model, loss_fn, x, y = cases.curvature_case("tanh mlp, squares")
@@ -338,6 +338,123 @@ def test_a_penalty_on_the_parameters(engine):
     assert relative_error(H @ v, reference.double_backward(model, loss_fn, x.double(), y.double(), v) + bend) < 1e-5
     with pytest.raises(InvalidInput, match=r"the loss reads .* from a reference made before.*model.parameters\(\) inside loss_fn"):
         HessianOperator(model, lambda z, y: loss_fn(z, y) + sum(p.square().sum() for p in params), params, [(x, y)])
+
+
+class Stack(nn.Module):
+    "Blocks between two linear layers; `run` says how"
+    def __init__(self, run, n=3, shared=False):
+        super().__init__()
+        self.into, self.out, self.run = nn.Linear(4, 5), nn.Linear(5, 3), run
+        blocks = [nn.Sequential(nn.Tanh(), nn.Linear(5, 5)) for _ in range(1 if shared else n)]
+        self.blocks = nn.ModuleList(blocks * n if shared else blocks)
+
+    def forward(self, x): return self.out(torch.tanh(self.run(self, self.into(x))))
+
+
+def through(model, h):
+    for block in model.blocks: h = block(h)
+    return h
+
+
+def hooked(kind, block):
+    model = Stack(through)
+    getattr(model.blocks[block], f"register_forward_{kind}")(lambda module, *seen: (2 * seen[0][0],) if kind == "pre_hook" else 2 * seen[1])
+    return model
+
+
+def keeping_all(use):
+    def run(model, h):
+        seen = [h]
+        for block in model.blocks: seen.append(block(seen[-1]))
+        return use(seen)
+    return Stack(run)
+
+
+class Remembering(nn.Linear):
+    "A block with a cache, which the model empties before each pass"
+    def forward(self, h, cache):
+        cache.append(super().forward(h))
+        return sum(cache) / 3 ** len(cache)
+
+
+def cached():
+    def run(model, h):
+        for block in model.blocks: h = block(h, [])
+        return h
+    model = Stack(run)
+    model.blocks = nn.ModuleList(Remembering(5, 5) for _ in range(3))
+    return model
+
+
+CHAINS = {  # (model, whether its blocks are a chain)
+    "one block three times": (lambda: Stack(through, shared=True), True),
+    "a head with a block's weight": (lambda: Stack(lambda m, h: F.linear(through(m, h), m.blocks[1][1].weight.t())), True),
+    "a head that is a part of a block": (lambda: Stack(lambda m, h: m.blocks[0][1](through(m, h))), True),
+    "a skip around the blocks": (lambda: Stack(lambda m, h: through(m, h) + h.sin()), True),
+    **{f"{kind} on block {i}": (lambda kind=kind, i=i: hooked(kind, i), True) for kind in ("pre_hook", "hook") for i in (0, 1, 2)},
+    "the middle is read later": (lambda: keeping_all(lambda seen: seen[-1] + seen[1]), False),
+    "the middle is read as a number": (lambda: keeping_all(lambda seen: seen[-1] * seen[1].detach()), False),
+    "changed in place afterwards": (lambda: Stack(lambda m, h: through(m, h).mul_(2)), False),
+    "a block that remembers": (cached, False),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_segments_are_right_or_left_out(name):
+    make, applies = CHAINS[name]
+    model = cases.randomize(make())
+    H = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X, Y)])
+    found = H._has_chain(*H._first(), 10**9)  # Else a part of one block may be
+    assert (found and H._chain.blocks == list(model.blocks)) is applies
+    if found: H = forced(H, "segments", 4)
+    v = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0))
+    assert relative_error(H @ v, reference.double_backward(model, F.cross_entropy, X.double(), Y, v)) < 1e-5
+
+
+def test_a_model_that_takes_another_path_later():
+    def run(model, h): return through(model, h) if h.sum() > 0 else model.blocks[1](model.blocks[0](h))
+    model, x = Stack(run).requires_grad_(True), torch.randn(6, 4)
+    model.into.weight.data.zero_().add_(1)
+    model.into.bias.data.zero_()
+    x[0], x[3] = x[0].abs(), -x[3].abs()
+    x[1:3], x[4:] = x[1:3].abs(), -x[4:].abs()
+    H = forced(HessianOperator(model, F.cross_entropy, list(model.parameters()), [(x, Y)]), "segments", 3)
+    with pytest.raises(InvalidInput, match="another order or manner than for the first sample.*larger memory_limit"): H @ torch.randn(H.shape[0])
+
+
+def test_padded_transformer_encoder():
+    "Whose fast path, which has no second derivative, must stay shut where no gradient is asked for"
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True), 3)
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.encoder = nn.Linear(4, 4), encoder
+
+        def forward(self, x, padding): return self.encoder(self.into(x), src_key_padding_mask=padding)[:, 0]
+    model, x, padding = cases.randomize(Padded()).eval(), torch.randn(4, 5, 4), torch.zeros(4, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[2, 4:] = True
+    v, y = torch.randn(sum(p.numel() for p in model.parameters())), torch.randn(4, 4)
+    whole, parts = (forced(HessianOperator(model, F.mse_loss, list(model.parameters()), [((x, padding), y)], dtype=torch.float64), engine, 3)
+                    for engine in ("reverse", "segments"))
+    assert relative_error(parts @ v, whole @ v) < 1e-12 and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_hugging_face_models_in_segments(kind):
+    "Which fill a cache of keys and values as they run, if nobody tells them not to"
+    transformers = pytest.importorskip("transformers")
+    shared = {"vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0}
+    model = (transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, n_embd=16, n_layer=4, n_head=2, **shared)) if kind == "GPT2" else
+             transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+                                                                    num_key_value_heads=1, max_position_embeddings=64, **shared))).eval()
+    ids = torch.randint(11, (4, 33))
+    def loss_fn(out, y): return F.cross_entropy(out.logits.flatten(0, 1), y.flatten())
+    tight, free = (HessianOperator(model, loss_fn, list(model.parameters()), [(ids[:, :-1], ids[:, 1:])], memory_limit=limit)
+                   for limit in ("500kB", None))
+    v = torch.randn(tight.shape[0])
+    assert relative_error(tight @ v, (free @ v).double()) < 1e-5 and tight.plan.engine == "segments" and model.config.use_cache
 
 
 RANK = """
