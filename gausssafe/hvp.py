@@ -36,11 +36,11 @@ def _n_samples(x):
     return sizes[0]
 
 
-def _take(batch, start, stop, device, dtype):
+def _take(batch, start, stop, device, dtype, step=1):
     "Samples of a batch, where the model is and as precise as asked"
     def cut(t):
         if not isinstance(t, torch.Tensor): return t
-        return (t[start:stop] if t.ndim else t).to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+        return (t[start:stop:step] if t.ndim else t).to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
     return tree_map(cut, batch)
 
 
@@ -48,8 +48,13 @@ def _pair(batch):
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise InvalidInput(f"each batch of data is a pair (x, y), not {type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch,
             "__len__") else ""))
-    x, y = batch
-    return (dict(x) if isinstance(x, Mapping) else x), y
+    x, y = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0], batch[1]
+    n, lengths = _n_samples(x), sorted({len(t) for t in tree_leaves((x, y)) if isinstance(t, torch.Tensor) and t.ndim})
+    if len(lengths) > 1:
+        raise InvalidInput(f"the tensors of a batch have {' and '.join(map(str, lengths))} entries along the first dimension, which is that of the "
+                           "samples: expand what all samples share, or keep it in the model or in loss_fn")
+    if not n: raise InvalidInput("a batch of data has no samples: leave it out")
+    return x, y
 
 # %% ../nbs/30_hvp.ipynb #be437b79
 class _Objective:
@@ -246,6 +251,43 @@ def _pieces(calls, loss):
         pieces.append(leaves)
     return [*pieces, last]
 
+# %% ../nbs/30_hvp.ipynb #1f7fdae9
+@dataclass(frozen=True)
+class _Segment:
+    "A piece of the model, h -> h, and which of the chosen parameters it has"
+    fn: Callable
+    indices: list[int]
+
+    def start(self, h, leaves, tangents):
+        "(h as a leaf, the leaves that matter: h too if something chosen comes before)"
+        chosen = [leaves[i] for i in self.indices]
+        if tangents is None: return h, chosen
+        h = h.detach().requires_grad_()
+        return h, [h, *chosen]
+
+    def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i].contiguous() for i in self.indices]
+
+
+def _segments(objective, chosen, x, y, chain, calls):
+    "Prefix, blocks and suffix; the summed loss is the end of the suffix"
+    def prefix(_):
+        def stop(h, *args, **kwargs): raise _Reached(h)
+        try:
+            with _calling({calls[0].block: stop}): objective.outputs(x)
+        except _Reached as reached: return reached.args[0]
+
+    def block(call): return lambda h: _first(call.block(h, *call.args, **call.kwargs))
+
+    def suffix(h):
+        queue = iter(calls)
+        def passing(passed, *args, **kwargs):
+            call = next(queue)
+            return _with_first(call.out, h if call is calls[-1] else passed)
+        with _calling(dict.fromkeys(chain.blocks, passing)): return _n_samples(x) * objective.loss(x, y)
+
+    return [_Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
+            for fn, owned in zip((prefix, *map(block, calls), suffix), chain.owned, strict=True)]
+
 # %% ../nbs/30_hvp.ipynb #aa6ce68c
 @dataclass(frozen=True)
 class _Chain:
@@ -288,43 +330,6 @@ def _replays(objective, x, y, chain, calls, loss):
     def close(a, b): return a.shape == b.shape and bool(torch.dist(a, b) <= torch.finfo(b.dtype).eps ** 0.5 * b.norm())
     with torch.no_grad():
         return all(close(segment.fn(h), end) for segment, h, end in zip(_segments(objective, [], x, y, chain, calls), hs, ends, strict=True))
-
-# %% ../nbs/30_hvp.ipynb #1f7fdae9
-@dataclass(frozen=True)
-class _Segment:
-    "A piece of the model, h -> h, and which of the chosen parameters it has"
-    fn: Callable
-    indices: list[int]
-
-    def start(self, h, leaves, tangents):
-        "(h as a leaf, the leaves that matter: h too if something chosen comes before)"
-        chosen = [leaves[i] for i in self.indices]
-        if tangents is None: return h, chosen
-        h = h.detach().requires_grad_()
-        return h, [h, *chosen]
-
-    def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i].contiguous() for i in self.indices]
-
-
-def _segments(objective, chosen, x, y, chain, calls):
-    "Prefix, blocks and suffix; the summed loss is the end of the suffix"
-    def prefix(_):
-        def stop(h, *args, **kwargs): raise _Reached(h)
-        try:
-            with _calling({calls[0].block: stop}): objective.outputs(x)
-        except _Reached as reached: return reached.args[0]
-
-    def block(call): return lambda h: _first(call.block(h, *call.args, **call.kwargs))
-
-    def suffix(h):
-        queue = iter(calls)
-        def passing(passed, *args, **kwargs):
-            call = next(queue)
-            return _with_first(call.out, h if call is calls[-1] else passed)
-        with _calling(dict.fromkeys(chain.blocks, passing)): return _n_samples(x) * objective.loss(x, y)
-
-    return [_Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
-            for fn, owned in zip((prefix, *map(block, calls), suffix), chain.owned, strict=True)]
 
 # %% ../nbs/30_hvp.ipynb #41a7cf4b
 def _segment_hessian(objective, leaves, x, y, rows, out, *, chain, chosen):
@@ -501,12 +506,12 @@ def _check_mode(model):
 
 
 def _check_loss(objective, chosen, x, y):
-    "Two samples tell whether the loss can be used: a finite, repeatable mean over samples that depends on every parameter"
+    "A few samples tell whether the loss can be used: a finite, repeatable mean over samples that depends on every parameter"
     stand_ins, leaves = objective.tensors(chosen)
-    def loss_of(start, stop):
-        with objective.standing_in(stand_ins): return objective.loss(*_take((x, y), start, stop, leaves[0].device, objective.dtype))
+    def loss_of(start, stop, step=1):
+        with objective.standing_in(stand_ins): return objective.loss(*_take((x, y), start, stop, leaves[0].device, objective.dtype, step))
     n = min(2, _n_samples(x))
-    loss = loss_of(0, n)
+    with _kept_buffers(objective.model): loss = loss_of(0, n)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else repr(loss)
         raise InvalidInput(f"loss_fn must return one number, the mean over samples, not {found}")
@@ -520,13 +525,57 @@ def _check_loss(objective, chosen, x, y):
                            "part would be left out: look parameters up as the loss runs, such as model.parameters() inside loss_fn")
     if untouched:
         raise InvalidInput(f"the loss does not depend on {', '.join(untouched[:5])}{' ...' * (len(untouched) > 5)}: leave them out of params")
-    again, alone = loss_of(0, n).item(), sum(loss_of(i, i + 1).item() for i in range(n)) / n
+    again = loss_of(0, n).item()
     if abs(again - value) > 1e-6 * abs(value):
         raise InvalidInput(f"the model is not deterministic: two losses of the same {n} samples are {value:.7g} and {again:.7g}. "
                            "Call model.eval(), or seed what draws")
-    if abs(alone - value) > 1e-3 * abs(value) + 1e-5:
-        raise InvalidInput(f"the loss is not a mean over samples: {value:.6g} for two of them together, {alone:.6g} on average alone. "
-                           "Use reduction='mean' over equally many terms a sample, and no layer that mixes samples")
+    _check_mean(loss_of, _n_samples(x))
+
+
+def _check_mean(loss_of, n, n_tried=8):
+    "Pairs of samples, spread over a batch, lose together the mean of what they lose alone"
+    some = sorted({i * (n - 1) // (n_tried - 1) for i in range(n_tried)})
+    for i, j in {(0, 1): None, **dict.fromkeys(zip(some, some[len(some) // 2:], strict=False))} if n > 1 else ():
+        together = loss_of(i, j + 1, j - i)
+        value, alone = together.item(), (loss_of(i, i + 1).item() + loss_of(j, j + 1).item()) / 2
+        if abs(alone - value) > max(1e-3, 4 * torch.finfo(together.dtype).eps) * abs(value) + 1e-5:
+            raise InvalidInput(f"the loss is not a mean over samples: {value:.6g} for two of them together (samples {i} and {j} of a batch), "
+                               f"{alone:.6g} on average alone. Use reduction='mean' over equally many terms a sample, and no layer that mixes "
+                               "samples")
+
+
+@contextmanager
+def _kept_buffers(model):
+    "Refuse a model whose buffers change as it runs, and put them back"
+    before = {name: (t, t._version, t.clone()) for name, t in model.named_buffers()}
+    try: yield
+    finally:
+        changed = [name for name, (t, version, _) in before.items() if t._version != version]
+        with torch.no_grad():
+            for name in changed: before[name][0].copy_(before[name][2])
+    if changed: raise InvalidInput(f"the model changes as it runs: its buffer {changed[0]} got other values. Call model.eval() first")
+
+
+def _check_outputs(objective, chosen, x, y, by_sample):
+    "The loss must be made of the model's outputs and bend along them; `by_sample`: and find its own rows there for each sample"
+    stand_ins, leaves = objective.tensors(chosen)
+    x, y = _take((x, y), 0, n := min(2, _n_samples(x)), leaves[0].device, objective.dtype)
+    with objective.standing_in(stand_ins):
+        outputs = objective.outputs(x)
+        ends = {id(t): t.detach().requires_grad_() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        loss = objective.loss_fn(tree_map(lambda t: ends.get(id(t), t), outputs), y)
+    met = _graph(loss)[1] | {id(loss)}
+    used = [t for t in ends.values() if id(t) in met]
+    if not used or any(id(leaf) in met for leaf in leaves):
+        raise InvalidInput("loss_fn reads parameters past the tensors that the model returns, and this matrix knows of nothing else: let the model "
+                           "return a tensor, a tuple or a dict of them, and leave penalties out, or use HessianOperator")
+    if wrong := [tuple(t.shape) for t in used if not t.ndim or by_sample and len(t) != n]:
+        raise InvalidInput(f"loss_fn reads an output of shape {wrong[0]} for {n} samples, such as a loss that the model computed itself: take the "
+                           "loss from outputs with a row for each sample, such as the logits")
+    slopes = [] if by_sample else torch.autograd.grad(loss, used, create_graph=True)
+    if not (by_sample or any(slope.requires_grad for slope in slopes)):
+        raise InvalidInput("the loss is linear in the model's outputs, so that its Gauss-Newton matrix is zero: let loss_fn compute it from what it "
+                           "is not linear in, such as the logits")
 
 
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
@@ -587,6 +636,11 @@ def _covers(known, shape):
         b in zip(known, shape, strict=True))
 
 
+def _from_numpy(v):
+    if v.dtype.kind not in "fiub": raise InvalidInput(f"v is real, not {v.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(v, dtype=v.dtype.newbyteorder("=")))
+
+
 def _finite(v):
     if not all(extreme.isfinite() for extreme in v.aminmax()): raise NotFinite(what="v", n_bad=v.numel() - int(v.isfinite().sum()), n_total=v.numel())
 
@@ -619,7 +673,9 @@ class _Setup:
             raise InvalidInput("distributed=True needs a process group: call torch.distributed.init_process_group first, "
                                "in each process that torchrun starts")
         _check_mode(self.model)
-        with _differentiable(): _check_loss(self._objective, self.names, *self._first())
+        with _differentiable(): self._check(*self._first())
+
+    def _check(self, x, y): _check_loss(self._objective, self.names, x, y)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -637,7 +693,8 @@ class _Setup:
     def _batches(self): return map(_pair, self.data)
 
     def _first(self):
-        if iter(self.data) is self.data:
+        source = getattr(self.data, "dataset", self.data)
+        if hasattr(self.data, "__next__") or isinstance(source, torch.utils.data.IterableDataset) and iter(source) is iter(source):
             raise InvalidInput("data can be read only once, and every product reads it: give a list of batches or a DataLoader")
         for batch in self._batches(): return batch
         raise InvalidInput("data has no batches: is the dataset empty, or shorter than one batch with drop_last=True?")
@@ -758,7 +815,8 @@ class _Operator(_Planner):
     def __matmul__(self, v):
         "Curvature times v: a vector (d,), columns (d, k), or a dict by parameter name"
         if isinstance(v, Mapping): return self._by_name(v)
-        if isinstance(v, np.ndarray): return (self @ torch.from_numpy(v)).cpu().numpy()
+        if isinstance(v, np.ndarray): return (self @ _from_numpy(v)).cpu().numpy()
+        if isinstance(v, torch.Tensor) and v.is_complex(): raise InvalidInput(f"v is real, not {v.dtype}: multiply its two parts one by one")
         if not isinstance(v, torch.Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
             found = tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
             raise InvalidInput(f"v has shape ({self.shape[0]},) or ({self.shape[0]}, k), not {found}")
@@ -770,7 +828,11 @@ class _Operator(_Planner):
     def _by_name(self, v):
         wrong = sorted(set(v) ^ set(self.names))
         if wrong: raise InvalidInput(f"v names each of the {len(self.names)} parameters once, and {', '.join(wrong[:3])} is missing or unknown")
-        product = self @ torch.cat([v[name].reshape(-1) for name in self.names])
+        parts = [_from_numpy(v[name]) if isinstance(v[name], np.ndarray) else v[name] for name in self.names]
+        for name, part, p in zip(self.names, parts, self._params, strict=True):
+            if getattr(part, "shape", None) != p.shape:
+                raise InvalidInput(f"v has shape {tuple(p.shape)} at {name}, not {tuple(getattr(part, 'shape', ())) or type(part).__name__}")
+        product = self @ torch.cat([part.reshape(-1) for part in parts])
         return dict(zip(self.names, _views(product, self._params), strict=True))
 
     def _product(self, rows):
@@ -787,11 +849,21 @@ class _Operator(_Planner):
         with ProgressBar(total=_count(self.data), desc=f"{len(rows)} products", unit="samples") as bar:
             for x, y in self._batches():
                 plans.append(self._planned(len(rows), x, y, not rows[0].is_contiguous()))
+                if self._before is None and plans[-1].chunk > 1: self._check_batch(x, y, plans[-1].engine)
                 if out is None: out = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
                 value, peak = self._batch(plans[-1], x, y, rows, out, bar)
                 n_seen, loss, peak_bytes = n_seen + _n_samples(x), loss + value, max(peak_bytes, peak)
+        if self._before is None or not n_seen: self._check_again(n_seen)
         self._compare(n_seen, loss / n_seen)
         return out, n_seen, loss, plans, peak_bytes
+
+    def _check_again(self, n_seen):
+        "Data must give its samples to each product anew"
+        source = getattr(self.data, "dataset", self.data)
+        indexed = hasattr(source, "__getitem__") and not isinstance(source, torch.utils.data.IterableDataset)
+        if n_seen and (indexed or any(True for _ in self.data)): return
+        raise InvalidInput(f"data gave {n_seen} samples and then no more, but every product reads it: give a list of batches, or a DataLoader over a "
+                           "dataset that starts anew each time")
 
     def _all_reduced(self, rows):
         "Sums over all processes: one all-reduce of Hv, after one that tells how many failed"
@@ -820,13 +892,22 @@ class _Operator(_Planner):
             bar.update(stop - start)
         return loss, peak_bytes
 
+    def _check_batch(self, x, y, engine):
+        "Whether the loss is a mean over the first and the last sample too"
+        stand_ins, _ = self._objective.tensors(self.names)
+        def loss_of(*span): return self._objective.loss(*_take((x, y), *span[:2], self.device, self._objective.dtype, *span[2:]))
+        with _differentiable(self._shared), torch.set_grad_enabled(engine != "segments"), self._objective.standing_in(stand_ins):
+            _check_mean(loss_of, _n_samples(x), 2)
+
     def _compare(self, n_seen, loss):
         "The same parameters must see the same data in every pass"
         now = n_seen, loss, [p.detach().sum().item() for p in self.model.parameters()]
         before, self._before = self._before, now
-        if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > 1e4 * torch.finfo(self.dtype).eps * abs(loss)):
+        tolerance = min(0.05, 1e4 * torch.finfo(self.dtype).eps) * abs(loss)
+        if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > tolerance):
             raise InvalidInput(f"data changed between two products: {before[0]} samples of mean loss {before[1]:.7g}, then {n_seen} of {loss:.7g}. "
-                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches")
+                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches. "
+                               "Or the loss is not a mean over samples, and they shared other chunks")
 
     def to_scipy(self):  # scipy.sparse.linalg.LinearOperator
         "For scipy.sparse.linalg.eigsh, cg and the like"
@@ -848,11 +929,19 @@ class GGNOperator(_Operator):
     "Products with the generalised Gauss-Newton matrix of a mean loss (Schraudolph 2002), in bounded memory"
     _engines = ("reverse",)
 
+    def _check(self, x, y):
+        super()._check(x, y)
+        _check_outputs(self._objective, self.names, x, y, by_sample=False)
+
     def _reverse(self, *chunk): return _reverse_ggn(self._objective, *chunk)
 
 
 class FisherOperator(_Operator):
     "Products with the empirical Fisher matrix, the mean of g g' over the samples' own gradients, in bounded memory"
     _engines = ("reverse",)
+
+    def _check(self, x, y):
+        super()._check(x, y)
+        _check_outputs(self._objective, self.names, x, y, by_sample=True)
 
     def _reverse(self, *chunk): return _reverse_fisher(self._objective, *chunk)

@@ -412,12 +412,10 @@ def test_segments_are_right_or_left_out(name):
 
 
 def test_a_model_that_takes_another_path_later():
-    def run(model, h): return through(model, h) if h.sum() > 0 else model.blocks[1](model.blocks[0](h))
-    model, x = Stack(run).requires_grad_(True), torch.randn(6, 4)
-    model.into.weight.data.zero_().add_(1)
-    model.into.bias.data.zero_()
-    x[0], x[3] = x[0].abs(), -x[3].abs()
-    x[1:3], x[4:] = x[1:3].abs(), -x[4:].abs()
+    def run(model, h): return through(model, h) if h.sum() > 0 else model.blocks[2].forward(model.blocks[1](model.blocks[0](h)))
+    model, x = Stack(run), torch.randn(6, 4)
+    model.into.weight.data.fill_(1)
+    x[:3], x[3:] = 5 + x[:3].abs(), -5 - x[3:].abs()
     H = forced(HessianOperator(model, F.cross_entropy, list(model.parameters()), [(x, Y)]), "segments", 3)
     with pytest.raises(InvalidInput, match="another order or manner than for the first sample.*larger memory_limit"): H @ torch.randn(H.shape[0])
 
@@ -455,6 +453,98 @@ def test_hugging_face_models_in_segments(kind):
                    for limit in ("500kB", None))
     v = torch.randn(tight.shape[0])
     assert relative_error(tight @ v, (free @ v).double()) < 1e-5 and tight.plan.engine == "segments" and model.config.use_cache
+
+
+TOKENS, PADDED = torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
+PADDED[4:, 3:] = -100
+WEIGHTS, CLASSES = torch.tensor([1.0, 5.0, 10.0]), torch.tensor([0, 0, 1, 2, 1, 2, 0, 1])
+
+
+def token_loss(z, y): return F.cross_entropy(z.flatten(0, 1), y.flatten())
+def weighted_loss(z, y): return F.cross_entropy(z, y, weight=WEIGHTS)
+
+
+@pytest.mark.parametrize("case", ["padded", "weighted", "in a later batch", "two alike"])
+def test_a_loss_that_is_no_mean_though_its_first_samples_are_alike(case):
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4)) if case in ("padded", "two alike") else nn.Linear(4, 3)
+    x = torch.randn(8, 4)
+    data, loss_fn = {"padded": ([(TOKENS, PADDED)], token_loss), "weighted": ([(x, CLASSES)], weighted_loss),
+                     "in a later batch": ([(x, 0 * CLASSES), (x, CLASSES)], weighted_loss), "two alike": ([(TOKENS, TOKENS)], token_loss)}[case]
+    if case == "two alike": return HessianOperator(model, loss_fn, list(model.parameters()), data) @ torch.randn(28)
+    with pytest.raises(InvalidInput, match=r"not a mean over samples: .* for two of them together \(samples 0 and"):
+        H = HessianOperator(model, loss_fn, list(model.parameters()), data)
+        H @ torch.randn(H.shape[0])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    "Samples that come once; `iterate` says how"
+    def __init__(self, iterate): self.samples, self.iterate = iter(list(zip(X, Y, strict=True))), iterate
+    def __iter__(self): return self.iterate(self.samples)
+
+
+@pytest.mark.parametrize("iterate, message", [(iter, "can be read only once"), (lambda samples: (s for s in samples), "4 samples and then no more")])
+def test_a_stream_is_no_data_set(iterate, message):
+    model, loader = nn.Linear(4, 3), torch.utils.data.DataLoader(Stream(iterate), batch_size=2)
+    with pytest.raises(InvalidInput, match=message): HessianOperator(model, F.cross_entropy, list(model.parameters()), loader) @ torch.randn(15)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "fisher"])
+def test_what_a_gauss_newton_matrix_cannot_see(kind):
+    class Losing(nn.Linear):
+        def forward(self, x, y): return {"loss": F.cross_entropy(z := super().forward(x), y), "logits": z}
+    model, data = Losing(4, 3), [((X, Y), Y)]
+    params = list(model.parameters())
+    with pytest.raises(InvalidInput, match=r"an output of shape \(\).*take the loss .*the logits"):
+        KINDS[kind](model, lambda out, y: out["loss"], params, data)
+    def loss_fn(out, y): return F.cross_entropy(out["logits"], y)
+    linear = nn.Linear(4, 3)
+    linear.load_state_dict(model.state_dict())
+    expected = reference.dense_curvature(linear, F.cross_entropy, X, Y, kind)
+    assert relative_error(KINDS[kind](model, loss_fn, params, data) @ torch.eye(15), expected) < 1e-5
+    with pytest.raises(InvalidInput, match="reads parameters past the tensors that the model returns"):
+        KINDS[kind](model, lambda out, y: loss_fn(out, y) + model.weight.square().sum(), params, data)
+    with pytest.raises(InvalidInput, match="linear in the model's outputs" if kind == "ggn" else r"shape \(6,\) for 2 samples"):
+        KINDS[kind](linear, lambda z, y: z.mean(), list(linear.parameters()), [(X, Y)])
+        flat = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))
+        KINDS[kind](flat, lambda z, y: z.square().mean(), list(flat.parameters()), [(X, Y)])
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+                                   lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))])
+def test_a_model_that_changes_as_it_runs(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer(), nn.Flatten(), nn.Linear(12, 3))
+    x, before = torch.randn(6, 3, 4), {name: t.clone() for name, t in model.named_buffers()}
+    with pytest.raises(InvalidInput, match=r"its buffer 1.* got other values. Call model.eval\(\)"):
+        HessianOperator(model, F.cross_entropy, list(model.parameters()), [(x, Y)])
+    for name, t in model.named_buffers(): torch.testing.assert_close(t, before[name], atol=0, rtol=0)
+    HessianOperator(model.eval(), F.cross_entropy, list(model.parameters()), [(x, Y)])
+
+
+def test_half_precision_needs_no_other_dtype():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).bfloat16()
+    H, v = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X.bfloat16(), Y)]), torch.randn(67)
+    assert relative_error(H @ v, reference.double_backward(model, F.cross_entropy, X.bfloat16().double(), Y, v)) < 0.05
+
+
+def test_v_of_other_kinds():
+    model = nn.Linear(4, 3)
+    H = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X, Y)])
+    parts = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    exact, v = H @ parts, torch.randn(15)
+    for name, t in (H @ {name: t.numpy() for name, t in parts.items()}).items(): torch.testing.assert_close(t, exact[name])
+    np.testing.assert_allclose(H @ v.numpy()[::-1], (H @ v.flip(0)).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(H @ v.numpy().astype(">f4"), (H @ v).numpy(), rtol=1e-6)
+    for wrong, message in ((v.to(torch.complex64), "v is real, not torch.complex64"), (v.numpy() * 1j, "v is real, not complex64"),
+                           (parts | {"weight": parts["weight"].T}, r"v has shape \(3, 4\) at weight, not \(4, 3\)"),
+                           (parts | {"bias": [1.0, 2.0, 3.0]}, r"v has shape \(3,\) at bias, not list")):
+        with pytest.raises(InvalidInput, match=message): H @ wrong
+
+
+@pytest.mark.parametrize("data, message", [([(X[:0], Y[:0])], "has no samples"), ([(X, Y), (X[:0], Y[:0])], "has no samples"),
+                                           ([(X[:4], Y)], "have 4 and 6 entries along the first dimension")])
+def test_batches_that_do_not_fit(data, message):
+    model = nn.Linear(4, 3)
+    with pytest.raises(InvalidInput, match=message): HessianOperator(model, F.cross_entropy, list(model.parameters()), data) @ torch.randn(15)
 
 
 RANK = """
