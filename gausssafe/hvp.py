@@ -9,7 +9,7 @@ __all__ = ['Plan', 'HessianOperator', 'GGNOperator', 'FisherOperator']
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -587,15 +587,19 @@ def _touched(loss):
     for step in (getattr(node, "_forward_cls", None) for node in nodes):
         if getattr(getattr(step, "backward", None), "__code__", None) is _ONCE:  # torch would leave its part out in silence
             raise RuntimeError(f"{step.__name__} is marked once_differentiable.")
+        if getattr(step, "__name__", None) == "CheckpointFunction":  # It hides parameters from the graph
+            raise RuntimeError("torch.utils.checkpoint with use_reentrant=True cannot be differentiated twice")
     return leaves
 
 # %% ../nbs/30_hvp.ipynb #63614cd7
 @contextmanager
 def _differentiable(shared=True):
     "Kernels that have second derivatives, and an error that says what has none"
-    with TwiceDifferentiable() if shared else sdpa_kernel(SDPBackend.MATH), _one_path(), torch.enable_grad():
+    with TwiceDifferentiable(shared), nullcontext() if shared else sdpa_kernel(SDPBackend.MATH), _one_path(), torch.enable_grad():
         try: yield
         except (RuntimeError, NotImplementedError) as error:
+            for sign, advice in _OTHER_CAUSES.items():
+                if sign in str(error): raise InvalidInput(f"{advice}. torch says: {str(error).splitlines()[0]}") from error
             if not any(sign in str(error) for sign in _NO_SECOND): raise
             raise InvalidInput(f"a layer of the model has no second derivative: {str(error).splitlines()[0]} Use a layer made of differentiable "
                                "operations: F.scaled_dot_product_attention for attention, the plain module where it was compiled or fused") from error
@@ -610,6 +614,9 @@ def _one_path():
     finally: torch.backends.mha.set_fastpath_enabled(before)
 
 
+_OTHER_CAUSES = {
+    "modified by an inplace operation": "the model changes a tensor in place that its second derivative needs: use the form that makes a new one",
+    "torch.utils.checkpoint": "the model uses torch.utils.checkpoint: leave it out, as memory_limit bounds the memory of a product instead"}
 _NO_SECOND = ("is not implemented", "once_differentiable", "does not currently support double backward", "differentiate twice",
     "not differentiable twice")
 
@@ -771,7 +778,7 @@ class _Planner(_Budgeted):
         except InvalidInput:
             if not self._shared: raise
             self._shared = False  # A model that differentiates inside needs a third derivative, which torch's own kernels have
-            return self._try_engines(n_vectors, x, y, strided)
+        return self._try_engines(n_vectors, x, y, strided)
 
     def _try_engines(self, n_vectors, x, y, strided):
         floor_bytes, base_bytes = self._base_bytes(n_vectors)
