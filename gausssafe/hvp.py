@@ -9,7 +9,7 @@ __all__ = ['Plan', 'HessianOperator', 'GGNOperator', 'FisherOperator']
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -37,11 +36,11 @@ def _n_samples(x):
     return sizes[0]
 
 
-def _take(batch, start, stop, device, dtype):
+def _take(batch, start, stop, device, dtype, step=1):
     "Samples of a batch, where the model is and as precise as asked"
     def cut(t):
         if not isinstance(t, torch.Tensor): return t
-        return (t[start:stop] if t.ndim else t).to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+        return (t[start:stop:step] if t.ndim else t).to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
     return tree_map(cut, batch)
 
 
@@ -49,12 +48,17 @@ def _pair(batch):
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise InvalidInput(f"each batch of data is a pair (x, y), not {type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch,
             "__len__") else ""))
-    x, y = batch
-    return (dict(x) if isinstance(x, Mapping) else x), y
+    x, y = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0], batch[1]
+    n, lengths = _n_samples(x), sorted({len(t) for t in tree_leaves((x, y)) if isinstance(t, torch.Tensor) and t.ndim})
+    if len(lengths) > 1:
+        raise InvalidInput(f"the tensors of a batch have {' and '.join(map(str, lengths))} entries along the first dimension, which is that of the "
+                           "samples: expand what all samples share, or keep it in the model or in loss_fn")
+    if not n: raise InvalidInput("a batch of data has no samples: leave it out")
+    return x, y
 
 # %% ../nbs/30_hvp.ipynb #be437b79
 class _Objective:
-    "Model and loss as functions of tensors that stand in for the parameters"
+    "Model and loss, on tensors that stand in for the parameters"
 
     def __init__(self, model, loss_fn, dtype):
         self.model, self.loss_fn, self.dtype = model, loss_fn, dtype
@@ -67,11 +71,25 @@ class _Objective:
         stand_ins = {name: t.detach().to(self.dtype if self.dtype and t.is_floating_point() else t.dtype) for name, t in named.items()}
         return stand_ins, [stand_ins[name].requires_grad_() for name in chosen]
 
-    def outputs(self, stand_ins, x):
-        args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple | list) else ((x,), {})
-        return functional_call(self.model, stand_ins, tuple(args), kwargs)
+    @contextmanager
+    def standing_in(self, stand_ins):
+        "The model made of stand-ins, and made of its own tensors again whatever happens"
+        self.name_of = {id(t): name for name, t in (*self.model.named_buffers(), *self.model.named_parameters())}
+        places = [(held, key, t) for m in self.model.modules() for held in (m._parameters, m._buffers) for key, t in held.items() if t is not None]
+        configs = {id(c): c for c in (getattr(m, "config", None) for m in self.model.modules()) if getattr(c, "use_cache", None) is True}
+        try:
+            for held, key, t in places: held[key] = stand_ins.get(self.name_of[id(t)], t)
+            for config in configs.values(): config.use_cache = False  # Keys and values for later tokens, which nobody reads here
+            yield
+        finally:
+            for held, key, t in places: held[key] = t
+            for config in configs.values(): config.use_cache = True
 
-    def loss(self, stand_ins, x, y): return self.loss_fn(self.outputs(stand_ins, x), y)
+    def outputs(self, x):
+        args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple | list) else ((x,), {})
+        return self.model(*args, **kwargs)
+
+    def loss(self, x, y): return self.loss_fn(self.outputs(x), y)
 
 # %% ../nbs/30_hvp.ipynb #3d316e51
 def _value(loss, what="the loss"):
@@ -92,11 +110,11 @@ def _accumulate(tensors, cotangents, leaves, totals, keep):
     for leaf in leaves: leaf.grad = None
 
 # %% ../nbs/30_hvp.ipynb #b717ea6c
-def _reverse_hessian(objective, stand_ins, leaves, x, y, rows, out):
+def _reverse_hessian(objective, leaves, x, y, rows, out):
     "Add n H V of n samples to `out`: one gradient graph, differentiated once a vector"
     n = _n_samples(x)
     with gathered_ends() as ends:
-        loss = objective.loss(stand_ins, x, y)
+        loss = objective.loss(x, y)
         value = n * _value(loss)
         _, pairs = _graph_ends(n * loss, leaves, None, ends)
         del loss
@@ -125,9 +143,9 @@ def _reverse_outer(zs, curve, leaves, rows, out):
         _accumulate(zs, curve(pushed), leaves, _views(total, leaves), j < len(rows) - 1)
 
 
-def _reverse_ggn(objective, stand_ins, leaves, x, y, rows, out):
+def _reverse_ggn(objective, leaves, x, y, rows, out):
     "Add n GGN V of n samples to `out`"
-    n, outputs = _n_samples(x), objective.outputs(stand_ins, x)
+    n, outputs = _n_samples(x), objective.outputs(x)
     zs = [z for z in tree_leaves(outputs) if isinstance(z, torch.Tensor) and z.requires_grad]
     ends = [z.detach().requires_grad_() for z in zs]
     swap = {id(z): end for z, end in zip(zs, ends, strict=True)}
@@ -142,9 +160,9 @@ def _reverse_ggn(objective, stand_ins, leaves, x, y, rows, out):
     return value
 
 
-def _reverse_fisher(objective, stand_ins, leaves, x, y, rows, out):
+def _reverse_fisher(objective, leaves, x, y, rows, out):
     "Add the sum of g g' V over n samples to `out`"
-    n, outputs = _n_samples(x), objective.outputs(stand_ins, x)
+    n, outputs = _n_samples(x), objective.outputs(x)
     def sample(tree, i): return tree_map(lambda t: t[i:i + 1] if isinstance(t, torch.Tensor) and t.ndim else t, tree)
     losses = torch.stack([objective.loss_fn(sample(outputs, i), sample(y, i)) for i in range(n)])
     value = _value(losses.sum())
@@ -157,15 +175,14 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _forwards(replacements):
-    "Blocks that do something else for a while"
-    before = [(block, block.__dict__.get("forward")) for block, _ in replacements]
-    for block, forward in replacements: block.forward = forward
-    try: yield
+def _calling(replacements):
+    "Blocks that do something else when called, their hooks left out, for a while"
+    before = {block: block._compiled_call_impl for block in replacements}
+    try:
+        for block, call in replacements.items(): block._compiled_call_impl = call
+        yield
     finally:
-        for block, forward in before:
-            if forward is None: del block.forward
-            else: block.forward = forward
+        for block, call in before.items(): block._compiled_call_impl = call
 
 
 def _first(out): return out[0] if isinstance(out, tuple) else out
@@ -181,42 +198,58 @@ class _Call:
     h: torch.Tensor
     args: tuple
     kwargs: dict
-    out: object  # A tensor, or a tuple that starts with one
+    out: object = None  # A tensor, or a tuple that starts with one
+    versions: tuple = ()  # Of h before and of what follows it after
+
+    def is_intact(self): return self.versions == (self.h._version, _first(self.out)._version)
 
 
 @contextmanager
 def _recorded(blocks):
-    "The calls of some blocks, in order"
+    "The calls of some blocks, in order, as they look from outside"
     calls = []
-    def note(block, args, kwargs, out): calls.append(_Call(block, args[0] if args else None, args[1:], kwargs, out))
-    handles = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
-    try: yield calls
-    finally:
-        for handle in handles: handle.remove()
+    def recording(block):
+        def call(*args, **kwargs):
+            calls.append(seen := _Call(block, args[0] if args else None, args[1:], kwargs))
+            version = getattr(seen.h, "_version", None)
+            seen.out = block._call_impl(*args, **kwargs)
+            seen.versions = version, getattr(_first(seen.out), "_version", None)
+            return seen.out
+        return call
+    with _calling({block: recording(block) for block in blocks}): yield calls
 
 
 def _is_chain(calls, blocks):
-    "Whether each block is called once, on the result of the one before and on nothing else that depends on parameters"
+    "Whether each block is called once, in order, on the result of the one before, and no result is changed in place"
     if [call.block for call in calls] != blocks: return False
+    tensors = all(isinstance(call.h, torch.Tensor) and isinstance(_first(call.out), torch.Tensor) for call in calls)
+    return tensors and all(_first(a.out) is b.h for a, b in zip(calls, calls[1:], strict=False)) and all(call.is_intact() for call in calls)
+
+# %% ../nbs/30_hvp.ipynb #235f5880
+def _graph(end, cut=None):
+    "(nodes of the graph that ends in a tensor, ids of the leaves it starts from); what only `cut` depends on is left out"
+    stop = None if cut is None else (cut.grad_fn, cut.output_nr)
+    nodes, leaves, edges = set(), set(), [(end.grad_fn, end.output_nr)]
+    while edges:
+        if (edge := edges.pop()) == stop or (node := edge[0]) is None or node in nodes: continue
+        if hasattr(node, "variable"): leaves.add(id(node.variable))
+        else: nodes.add(node)
+        edges += node.next_functions
+    return nodes, leaves
+
+
+def _pieces(calls, loss):
+    "Ids of the leaves of each segment, the one before the blocks first; None if segments depend on each other in more than one tensor"
     def depends(tree): return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves(tree))
-    def simple(call):
-        rest = call.out[1:] if isinstance(call.out, tuple) else ()
-        return isinstance(call.h, torch.Tensor) and isinstance(_first(call.out), torch.Tensor) and not depends((call.args, call.kwargs, rest))
-    linked = all(_first(a.out) is b.h for a, b in zip(calls, calls[1:], strict=False))
-    return linked and all(simple(call) and call.h.requires_grad and not call.h._version for call in calls)
-
-
-def _find_chain(objective, x):
-    "The longest list of blocks that pass one tensor on, each to the next; an empty list if there is none"
-    found, stand_ins = [], objective.tensors(dict(objective.model.named_parameters()))[0]
-    lists = [list(m) for m in objective.model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    every = list({id(block): block for blocks in lists for block in blocks}.values())
-    with _recorded(every) as calls, saved_tensors_hooks(lambda t: None, lambda _: None): objective.outputs(stand_ins, x)  # Only who depends on whom
-    for blocks in lists:
-        while blocks and any(call.block is blocks[0] and not (isinstance(call.h, torch.Tensor) and call.h.requires_grad)
-                for call in calls): blocks = blocks[1:]
-        if len(blocks) > len(found) and _is_chain([call for call in calls if call.block in blocks], blocks): found = blocks
-    return found
+    def closed(call): return not depends((call.args, call.kwargs, call.out[1:] if isinstance(call.out, tuple) else ()))
+    if not all(call.h.grad_fn and closed(call) for call in calls): return None
+    (before, first), (after, last) = _graph(calls[0].h), _graph(loss, _first(calls[-1].out))
+    met, pieces = before | after, [first]
+    for nodes, leaves in (_graph(_first(call.out), call.h) for call in calls):
+        if nodes & met: return None
+        met |= nodes
+        pieces.append(leaves)
+    return [*pieces, last]
 
 # %% ../nbs/30_hvp.ipynb #1f7fdae9
 @dataclass(frozen=True)
@@ -235,37 +268,79 @@ class _Segment:
     def directions(self, tangents, views): return ([] if tangents is None else [tangents]) + [views[i].contiguous() for i in self.indices]
 
 
-def _segments(objective, stand_ins, chosen, x, y, calls):
+def _segments(objective, chosen, x, y, chain, calls):
     "Prefix, blocks and suffix; the summed loss is the end of the suffix"
-    inside = {id(m) for call in calls for m in call.block.modules()}
-    outer = {objective.name_of[id(p)] for m in objective.model.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
-    def segment(fn, owned): return _Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
-
     def prefix(_):
         def stop(h, *args, **kwargs): raise _Reached(h)
         try:
-            with _forwards([(calls[0].block, stop)]): objective.outputs(stand_ins, x)
+            with _calling({calls[0].block: stop}): objective.outputs(x)
         except _Reached as reached: return reached.args[0]
 
-    def block(call):
-        local = {name: objective.name_of[id(t)] for name, t in (*call.block.named_parameters(), *call.block.named_buffers())}
-        inner = {name: stand_ins[of] for name, of in local.items() if of in stand_ins}
-        return segment(lambda h: _first(functional_call(call.block, inner, (h, *call.args), call.kwargs)), set(local.values()))
+    def block(call): return lambda h: _first(call.block(h, *call.args, **call.kwargs))
 
     def suffix(h):
-        def passing(call): return lambda h, *args, **kwargs: _with_first(call.out, h)
-        last = [(calls[-1].block, lambda *args, **kwargs: _with_first(calls[-1].out, h))]
-        with _forwards([(call.block, passing(call)) for call in calls[:-1]] + last): return _n_samples(x) * objective.loss(stand_ins, x, y)
+        queue = iter(calls)
+        def passing(passed, *args, **kwargs):
+            call = next(queue)
+            return _with_first(call.out, h if call is calls[-1] else passed)
+        with _calling(dict.fromkeys(chain.blocks, passing)): return _n_samples(x) * objective.loss(x, y)
 
-    return [segment(prefix, outer), *map(block, calls), segment(suffix, outer)]
+    return [_Segment(fn, [i for i, name in enumerate(chosen) if name in owned])
+            for fn, owned in zip((prefix, *map(block, calls), suffix), chain.owned, strict=True)]
+
+# %% ../nbs/30_hvp.ipynb #aa6ce68c
+@dataclass(frozen=True)
+class _Chain:
+    "Blocks that pass one tensor on, each to the next, and names of the parameters of each segment: before them, each block, after them"
+    blocks: list
+    owned: list[set]
+
+
+def _find_chain(objective, x, y):
+    "The longest chain of blocks; None if there is none"
+    stand_ins = objective.tensors(dict(objective.model.named_parameters()))[0]
+    lists = [list(m) for m in objective.model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    with objective.standing_in(stand_ins):
+        with _recorded({block: None for blocks in lists for block in blocks}) as calls, saved_tensors_hooks(lambda t: None, lambda _: None):
+            loss = objective.loss(x, y)  # Only who depends on whom
+        lists = [blocks[next((i for i, block in enumerate(blocks) if _leads(block, calls)), 0):] for blocks in lists]
+        for blocks in sorted(lists, key=len, reverse=True):
+            mine = [call for call in calls if call.block in blocks]
+            if mine and _is_chain(mine, blocks) and (pieces := _pieces(mine, loss)):
+                chain = _Chain(blocks, _owned(objective.model, blocks, [{name for name, t in stand_ins.items() if id(t) in ids} for ids in pieces]))
+                if _replays(objective, x, y, chain, mine, loss): return chain
+
+
+def _leads(block, calls):
+    "Whether a chain can start with a block: its input depends on parameters each time it is called"
+    return all(isinstance(call.h, torch.Tensor) and call.h.requires_grad for call in calls if call.block is block)
+
+
+def _owned(model, blocks, met):
+    "Names of each segment's parameters: those met on one sample, and those in its place, which another sample may meet"
+    names, inside = {id(p): name for name, p in model.named_parameters()}, {m for block in blocks for m in block.modules()}
+    outer = {names[id(p)] for m in model.modules() if m not in inside for p in m._parameters.values() if p is not None}
+    own = [outer, *({names[id(p)] for p in block.parameters()} for block in blocks), outer]
+    return [a | b for a, b in zip(own, met, strict=True)]
+
+
+def _replays(objective, x, y, chain, calls, loss):
+    "Whether each segment gives again what it gave"
+    hs, ends = [None, *(call.h for call in calls), _first(calls[-1].out)], [*(call.h for call in calls), _first(calls[-1].out), loss]
+    def close(a, b): return a.shape == b.shape and bool(torch.dist(a, b) <= torch.finfo(b.dtype).eps ** 0.5 * b.norm())
+    with torch.no_grad():
+        return all(close(segment.fn(h), end) for segment, h, end in zip(_segments(objective, [], x, y, chain, calls), hs, ends, strict=True))
 
 # %% ../nbs/30_hvp.ipynb #41a7cf4b
-def _segment_hessian(objective, stand_ins, leaves, x, y, rows, out, *, blocks, chosen):
+def _segment_hessian(objective, leaves, x, y, rows, out, *, chain, chosen):
     "Add n H V of n samples to `out`, one segment of the model at a time: tangents up, then cotangents and their tangents down"
-    with torch.no_grad(), _recorded(blocks) as calls: value = _n_samples(x) * _value(objective.loss(stand_ins, x, y))
+    with torch.no_grad(), _recorded(chain.blocks) as calls: value = _n_samples(x) * _value(objective.loss(x, y))
+    if not _is_chain(calls, chain.blocks):
+        raise InvalidInput("the model calls its blocks in another order or manner than for the first sample, so that no product can be made block by "
+                           "block: use a larger memory_limit, under which the whole model fits at once")
     hs = [None, *(call.h for call in calls), _first(calls[-1].out)]
     for call in calls: call.out = _with_first(call.out, None)
-    segments, tangents = _segments(objective, stand_ins, chosen, x, y, calls), [None]
+    segments, tangents = _segments(objective, chosen, x, y, chain, calls), [None]
     views, totals = ([_views(row, leaves) for row in many] for many in (rows, out))
     for segment, h in zip(segments[:-1], hs, strict=False): tangents.append(_push(segment, h, leaves, tangents[-1], views))
     pull, pull_tangents = None, [None] * len(rows)
@@ -431,57 +506,117 @@ def _check_mode(model):
 
 
 def _check_loss(objective, chosen, x, y):
-    "Two samples tell whether the loss can be used: a finite, repeatable mean over samples that depends on every parameter"
+    "A few samples tell whether the loss can be used: a finite, repeatable mean over samples that depends on every parameter"
     stand_ins, leaves = objective.tensors(chosen)
-    def loss_of(start, stop): return objective.loss(stand_ins, *_take((x, y), start, stop, leaves[0].device, objective.dtype))
+    def loss_of(start, stop, step=1):
+        with objective.standing_in(stand_ins): return objective.loss(*_take((x, y), start, stop, leaves[0].device, objective.dtype, step))
     n = min(2, _n_samples(x))
-    loss = loss_of(0, n)
+    with _kept_buffers(objective.model): loss = loss_of(0, n)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else repr(loss)
         raise InvalidInput(f"loss_fn must return one number, the mean over samples, not {found}")
     value = _value(loss, f"the loss of the first {n} samples")
-    untouched = sorted(set(chosen) - _touched(loss, dict(zip(map(id, leaves), chosen, strict=True))))
+    touched = _touched(loss)
+    untouched = sorted(name for name, leaf in zip(chosen, leaves, strict=True) if id(leaf) not in touched)
+    passed_by = sorted({objective.name_of[i] for i in touched if i in objective.name_of})
     del loss
+    if passed_by:
+        raise InvalidInput(f"the loss reads {', '.join(passed_by[:5])}{' ...' * (len(passed_by) > 5)} from a reference made before, so that this "
+                           "part would be left out: look parameters up as the loss runs, such as model.parameters() inside loss_fn")
     if untouched:
         raise InvalidInput(f"the loss does not depend on {', '.join(untouched[:5])}{' ...' * (len(untouched) > 5)}: leave them out of params")
-    again, alone = loss_of(0, n).item(), sum(loss_of(i, i + 1).item() for i in range(n)) / n
+    again = loss_of(0, n).item()
     if abs(again - value) > 1e-6 * abs(value):
         raise InvalidInput(f"the model is not deterministic: two losses of the same {n} samples are {value:.7g} and {again:.7g}. "
                            "Call model.eval(), or seed what draws")
-    if abs(alone - value) > 1e-3 * abs(value) + 1e-5:
-        raise InvalidInput(f"the loss is not a mean over samples: {value:.6g} for two of them together, {alone:.6g} on average alone. "
-                           "Use reduction='mean' over equally many terms a sample, and no layer that mixes samples")
+    _check_mean(loss_of, _n_samples(x))
+
+
+def _check_mean(loss_of, n, n_tried=8):
+    "Pairs of samples, spread over a batch, lose together the mean of what they lose alone"
+    some = sorted({i * (n - 1) // (n_tried - 1) for i in range(n_tried)})
+    for i, j in {(0, 1): None, **dict.fromkeys(zip(some, some[len(some) // 2:], strict=False))} if n > 1 else ():
+        together = loss_of(i, j + 1, j - i)
+        value, alone = together.item(), (loss_of(i, i + 1).item() + loss_of(j, j + 1).item()) / 2
+        if abs(alone - value) > max(1e-3, 4 * torch.finfo(together.dtype).eps) * abs(value) + 1e-5:
+            raise InvalidInput(f"the loss is not a mean over samples: {value:.6g} for two of them together (samples {i} and {j} of a batch), "
+                               f"{alone:.6g} on average alone. Use reduction='mean' over equally many terms a sample, and no layer that mixes "
+                               "samples")
+
+
+@contextmanager
+def _kept_buffers(model):
+    "Refuse a model whose buffers change as it runs, and put them back"
+    before = {name: (t, t._version, t.clone()) for name, t in model.named_buffers()}
+    try: yield
+    finally:
+        changed = [name for name, (t, version, _) in before.items() if t._version != version]
+        with torch.no_grad():
+            for name in changed: before[name][0].copy_(before[name][2])
+    if changed: raise InvalidInput(f"the model changes as it runs: its buffer {changed[0]} got other values. Call model.eval() first")
+
+
+def _check_outputs(objective, chosen, x, y, by_sample):
+    "The loss must be made of the model's outputs and bend along them; `by_sample`: and find its own rows there for each sample"
+    stand_ins, leaves = objective.tensors(chosen)
+    x, y = _take((x, y), 0, n := min(2, _n_samples(x)), leaves[0].device, objective.dtype)
+    with objective.standing_in(stand_ins):
+        outputs = objective.outputs(x)
+        ends = {id(t): t.detach().requires_grad_() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        loss = objective.loss_fn(tree_map(lambda t: ends.get(id(t), t), outputs), y)
+    met = _graph(loss)[1] | {id(loss)}
+    used = [t for t in ends.values() if id(t) in met]
+    if not used or any(id(leaf) in met for leaf in leaves):
+        raise InvalidInput("loss_fn reads parameters past the tensors that the model returns, and this matrix knows of nothing else: let the model "
+                           "return a tensor, a tuple or a dict of them, and leave penalties out, or use HessianOperator")
+    if wrong := [tuple(t.shape) for t in used if not t.ndim or by_sample and len(t) != n]:
+        raise InvalidInput(f"loss_fn reads an output of shape {wrong[0]} for {n} samples, such as a loss that the model computed itself: take the "
+                           "loss from outputs with a row for each sample, such as the logits")
+    slopes = [] if by_sample else torch.autograd.grad(loss, used, create_graph=True)
+    if not (by_sample or any(slope.requires_grad for slope in slopes)):
+        raise InvalidInput("the loss is linear in the model's outputs, so that its Gauss-Newton matrix is zero: let loss_fn compute it from what it "
+                           "is not linear in, such as the logits")
 
 
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
-def _touched(loss, names):
-    "Names of the leaves that a graph ends in, once known to have no step that can be differentiated only once"
-    nodes, seen, found = [loss.grad_fn], set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        if hasattr(node, "variable"): found.add(names.get(id(node.variable)))
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE:  # torch would leave its part out in silence
-            raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable.")
-        nodes += [following for following, _ in node.next_functions]
-    return found
+def _touched(loss):
+    "Ids of the leaves of a loss, once known to have no step that can be differentiated only once"
+    nodes, leaves = _graph(loss)
+    for step in (getattr(node, "_forward_cls", None) for node in nodes):
+        if getattr(getattr(step, "backward", None), "__code__", None) is _ONCE:  # torch would leave its part out in silence
+            raise RuntimeError(f"{step.__name__} is marked once_differentiable.")
+        if getattr(step, "__name__", None) == "CheckpointFunction":  # It hides parameters from the graph
+            raise RuntimeError("torch.utils.checkpoint with use_reentrant=True cannot be differentiated twice")
+    return leaves
 
 # %% ../nbs/30_hvp.ipynb #63614cd7
 @contextmanager
 def _differentiable(shared=True):
     "Kernels that have second derivatives, and an error that says what has none"
-    with TwiceDifferentiable() if shared else sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with TwiceDifferentiable(shared), nullcontext() if shared else sdpa_kernel(SDPBackend.MATH), _one_path(), torch.enable_grad():
         try: yield
         except (RuntimeError, NotImplementedError) as error:
+            for sign, advice in _OTHER_CAUSES.items():
+                if sign in str(error): raise InvalidInput(f"{advice}. torch says: {str(error).splitlines()[0]}") from error
             if not any(sign in str(error) for sign in _NO_SECOND): raise
             raise InvalidInput(f"a layer of the model has no second derivative: {str(error).splitlines()[0]} Use a layer made of differentiable "
                                "operations: F.scaled_dot_product_attention for attention, the plain module where it was compiled or fused") from error
 
 
+@contextmanager
+def _one_path():
+    "nn.TransformerEncoder does the same with and without gradients"
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(before)
+
+
+_OTHER_CAUSES = {
+    "modified by an inplace operation": "the model changes a tensor in place that its second derivative needs: use the form that makes a new one",
+    "torch.utils.checkpoint": "the model uses torch.utils.checkpoint: leave it out, as memory_limit bounds the memory of a product instead"}
 _NO_SECOND = ("is not implemented", "once_differentiable", "does not currently support double backward", "differentiate twice",
     "not differentiable twice")
 
@@ -506,6 +641,11 @@ def _covers(known, shape):
     "Whether samples of one shape take no more than those of another"
     return len(known) == len(shape) and all(a[0] == b[0] and all(m >= n for m, n in zip(a[1:], b[1:], strict=True)) for a,
         b in zip(known, shape, strict=True))
+
+
+def _from_numpy(v):
+    if v.dtype.kind not in "fiub": raise InvalidInput(f"v is real, not {v.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(v, dtype=v.dtype.newbyteorder("=")))
 
 
 def _finite(v):
@@ -535,12 +675,14 @@ class _Setup:
         self._params = [chosen[name] for name in self.names]
         self.dtype = dtype or _common((p.dtype for p in self._params), "dtype", "name the one to compute in, dtype=torch.float32")
         self.device = _common((p.device for p in chosen.values()), "device", "move the model to one")
-        self._plans, self._peaks, self._plan, self._blocks, self._before, self._shared = {}, {}, None, None, None, True
+        self._plans, self._peaks, self._plan, self._chain, self._before, self._shared = {}, {}, None, None, None, True
         if distributed and not (dist.is_available() and dist.is_initialized()):
             raise InvalidInput("distributed=True needs a process group: call torch.distributed.init_process_group first, "
                                "in each process that torchrun starts")
         _check_mode(self.model)
-        with _differentiable(): _check_loss(self._objective, self.names, *self._first())
+        with _differentiable(): self._check(*self._first())
+
+    def _check(self, x, y): _check_loss(self._objective, self.names, x, y)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -558,7 +700,8 @@ class _Setup:
     def _batches(self): return map(_pair, self.data)
 
     def _first(self):
-        if iter(self.data) is self.data:
+        source = getattr(self.data, "dataset", self.data)
+        if hasattr(self.data, "__next__") or isinstance(source, torch.utils.data.IterableDataset) and iter(source) is iter(source):
             raise InvalidInput("data can be read only once, and every product reads it: give a list of batches or a DataLoader")
         for batch in self._batches(): return batch
         raise InvalidInput("data has no batches: is the dataset empty, or shorter than one batch with drop_last=True?")
@@ -617,7 +760,9 @@ class _Planner(_Budgeted):
         "A function of a range of samples that adds their product to `out`"
         stand_ins, leaves = self._objective.tensors(self.names)
         run = self._segments if engine == "segments" else self._reverse
-        def step(start, stop): return run(stand_ins, leaves, *_take((x, y), start, stop, self.device, self._objective.dtype), rows, out)
+        def step(start, stop):
+            chunk = _take((x, y), start, stop, self.device, self._objective.dtype)
+            with self._objective.standing_in(stand_ins): return run(leaves, *chunk, rows, out)
         return step
 
     def _planned(self, n_vectors, x, y, strided):
@@ -633,7 +778,7 @@ class _Planner(_Budgeted):
         except InvalidInput:
             if not self._shared: raise
             self._shared = False  # A model that differentiates inside needs a third derivative, which torch's own kernels have
-            return self._try_engines(n_vectors, x, y, strided)
+        return self._try_engines(n_vectors, x, y, strided)
 
     def _try_engines(self, n_vectors, x, y, strided):
         floor_bytes, base_bytes = self._base_bytes(n_vectors)
@@ -644,8 +789,8 @@ class _Planner(_Budgeted):
         for engine in self._engines:
             k = n_vectors if engine == "segments" else min(n_vectors, 2)
             buffer = row.expand(k, -1)
+            if engine == "segments" and not self._has_chain(x, y, left_bytes): break
             with _differentiable(self._shared):
-                if engine == "segments" and not self._has_chain(x, left_bytes): break
                 step = self._step(engine, x, y, buffer.data, buffer)  # One buffer for both: the product of zero is zero
                 model = _probe(lambda n, step=step: step(0, n), n, left_bytes - left_bytes // 50)
                 if not (chunk := min(n, model.largest(left_bytes))): continue
@@ -660,12 +805,15 @@ class _Planner(_Budgeted):
             "Use a larger memory_limit, fewer vectors, block=..., or shorter samples.",
             needed_bytes=base_bytes, left_bytes=left_bytes, limit_bytes=self.limit_bytes)
 
-    def _has_chain(self, x, left_bytes):
+    def _has_chain(self, x, y, left_bytes):
         "Whether the model is a chain of blocks, found out on one sample"
-        if self._blocks is None:
-            try: self._blocks = _capped(lambda: _find_chain(self._objective, _take(x, 0, 1, self.device, self._objective.dtype)), left_bytes)[0]
+        if self._chain is None:
+            sample = _take((x, y), 0, 1, self.device, self._objective.dtype)
+            try:
+                with _differentiable(self._shared): self._chain = _capped(lambda: _find_chain(self._objective, *sample), left_bytes)[0] or False
             except _OverLimit: return False
-        return bool(self._blocks)
+            except Exception: self._chain = False  # Whatever a model says to being run in pieces
+        return bool(self._chain)
 
 # %% ../nbs/30_hvp.ipynb #508005ec
 class _Operator(_Planner):
@@ -674,7 +822,8 @@ class _Operator(_Planner):
     def __matmul__(self, v):
         "Curvature times v: a vector (d,), columns (d, k), or a dict by parameter name"
         if isinstance(v, Mapping): return self._by_name(v)
-        if isinstance(v, np.ndarray): return (self @ torch.from_numpy(v)).cpu().numpy()
+        if isinstance(v, np.ndarray): return (self @ _from_numpy(v)).cpu().numpy()
+        if isinstance(v, torch.Tensor) and v.is_complex(): raise InvalidInput(f"v is real, not {v.dtype}: multiply its two parts one by one")
         if not isinstance(v, torch.Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
             found = tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
             raise InvalidInput(f"v has shape ({self.shape[0]},) or ({self.shape[0]}, k), not {found}")
@@ -686,7 +835,11 @@ class _Operator(_Planner):
     def _by_name(self, v):
         wrong = sorted(set(v) ^ set(self.names))
         if wrong: raise InvalidInput(f"v names each of the {len(self.names)} parameters once, and {', '.join(wrong[:3])} is missing or unknown")
-        product = self @ torch.cat([v[name].reshape(-1) for name in self.names])
+        parts = [_from_numpy(v[name]) if isinstance(v[name], np.ndarray) else v[name] for name in self.names]
+        for name, part, p in zip(self.names, parts, self._params, strict=True):
+            if getattr(part, "shape", None) != p.shape:
+                raise InvalidInput(f"v has shape {tuple(p.shape)} at {name}, not {tuple(getattr(part, 'shape', ())) or type(part).__name__}")
+        product = self @ torch.cat([part.reshape(-1) for part in parts])
         return dict(zip(self.names, _views(product, self._params), strict=True))
 
     def _product(self, rows):
@@ -703,11 +856,21 @@ class _Operator(_Planner):
         with ProgressBar(total=_count(self.data), desc=f"{len(rows)} products", unit="samples") as bar:
             for x, y in self._batches():
                 plans.append(self._planned(len(rows), x, y, not rows[0].is_contiguous()))
+                if self._before is None and plans[-1].chunk > 1: self._check_batch(x, y, plans[-1].engine)
                 if out is None: out = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
                 value, peak = self._batch(plans[-1], x, y, rows, out, bar)
                 n_seen, loss, peak_bytes = n_seen + _n_samples(x), loss + value, max(peak_bytes, peak)
+        if self._before is None or not n_seen: self._check_again(n_seen)
         self._compare(n_seen, loss / n_seen)
         return out, n_seen, loss, plans, peak_bytes
+
+    def _check_again(self, n_seen):
+        "Data must give its samples to each product anew"
+        source = getattr(self.data, "dataset", self.data)
+        indexed = hasattr(source, "__getitem__") and not isinstance(source, torch.utils.data.IterableDataset)
+        if n_seen and (indexed or any(True for _ in self.data)): return
+        raise InvalidInput(f"data gave {n_seen} samples and then no more, but every product reads it: give a list of batches, or a DataLoader over a "
+                           "dataset that starts anew each time")
 
     def _all_reduced(self, rows):
         "Sums over all processes: one all-reduce of Hv, after one that tells how many failed"
@@ -736,13 +899,22 @@ class _Operator(_Planner):
             bar.update(stop - start)
         return loss, peak_bytes
 
+    def _check_batch(self, x, y, engine):
+        "Whether the loss is a mean over the first and the last sample too"
+        stand_ins, _ = self._objective.tensors(self.names)
+        def loss_of(*span): return self._objective.loss(*_take((x, y), *span[:2], self.device, self._objective.dtype, *span[2:]))
+        with _differentiable(self._shared), torch.set_grad_enabled(engine != "segments"), self._objective.standing_in(stand_ins):
+            _check_mean(loss_of, _n_samples(x), 2)
+
     def _compare(self, n_seen, loss):
         "The same parameters must see the same data in every pass"
         now = n_seen, loss, [p.detach().sum().item() for p in self.model.parameters()]
         before, self._before = self._before, now
-        if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > 1e4 * torch.finfo(self.dtype).eps * abs(loss)):
+        tolerance = min(0.05, 1e4 * torch.finfo(self.dtype).eps) * abs(loss)
+        if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > tolerance):
             raise InvalidInput(f"data changed between two products: {before[0]} samples of mean loss {before[1]:.7g}, then {n_seen} of {loss:.7g}. "
-                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches")
+                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches. "
+                               "Or the loss is not a mean over samples, and they shared other chunks")
 
     def to_scipy(self):  # scipy.sparse.linalg.LinearOperator
         "For scipy.sparse.linalg.eigsh, cg and the like"
@@ -757,12 +929,16 @@ class HessianOperator(_Operator):
     _engines = ("reverse", "segments")
 
     def _reverse(self, *chunk): return _reverse_hessian(self._objective, *chunk)
-    def _segments(self, *chunk): return _segment_hessian(self._objective, *chunk, blocks=self._blocks, chosen=self.names)
+    def _segments(self, *chunk): return _segment_hessian(self._objective, *chunk, chain=self._chain, chosen=self.names)
 
 
 class GGNOperator(_Operator):
     "Products with the generalised Gauss-Newton matrix of a mean loss (Schraudolph 2002), in bounded memory"
     _engines = ("reverse",)
+
+    def _check(self, x, y):
+        super()._check(x, y)
+        _check_outputs(self._objective, self.names, x, y, by_sample=False)
 
     def _reverse(self, *chunk): return _reverse_ggn(self._objective, *chunk)
 
@@ -770,5 +946,9 @@ class GGNOperator(_Operator):
 class FisherOperator(_Operator):
     "Products with the empirical Fisher matrix, the mean of g g' over the samples' own gradients, in bounded memory"
     _engines = ("reverse",)
+
+    def _check(self, x, y):
+        super()._check(x, y)
+        _check_outputs(self._objective, self.names, x, y, by_sample=True)
 
     def _reverse(self, *chunk): return _reverse_fisher(self._objective, *chunk)

@@ -125,26 +125,28 @@ class _NormSlope(Function):
 
 # %% ../nbs/29_twice.ipynb #8c971f66
 def _centre(a, p): return a.sub_((a * p).sum(-1, keepdim=True))
+def _fresh(y): return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # What a Function returns, to be changed in place by anyone
 def _bend(do, v, o): return (do @ v.mT).sub_((do * o).sum(-1, keepdim=True))  # D: P weighs dP by rows as it weighs v
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx, q, k, v, mask, scale):
+    def forward(ctx, q, k, v, mask, scale, causal):
         scores = (q @ k.mT).mul_(scale)
         if mask is not None: scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
         p = torch.softmax(scores, -1)
+        if not (causal or mask is None): p.masked_fill_(scores.amax(-1, keepdim=True) == -math.inf, 0)  # Rows that may look nowhere
         del scores
-        ctx.scale, o = scale, p @ v
+        ctx.scale, o = scale, _fresh(p @ v)
         ctx.save_for_backward(q, k, v, p, o)
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, p, o = ctx.saved_tensors
-        if torch.is_grad_enabled(): return *_AttentionSlope.apply(do, q, k, v, p, o, ctx.scale), None, None
+        if torch.is_grad_enabled(): return *_AttentionSlope.apply(do, q, k, v, p, o, ctx.scale), None, None, None
         ds = _bend(do, v, o).mul_(p)
-        return (ds @ k).mul_(ctx.scale), (ds.mT @ q).mul_(ctx.scale), p.mT @ do, None, None
+        return (ds @ k).mul_(ctx.scale), (ds.mT @ q).mul_(ctx.scale), p.mT @ do, None, None, None
 
 
 class _AttentionSlope(Function):
@@ -247,7 +249,7 @@ class _Linear(Function):
     def forward(ctx, x, weight, bias, ends):
         ctx.save_for_backward(x)
         ctx.leaf, ctx.ends = weight, ends
-        return F.linear(x, weight, bias)
+        return _fresh(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx, dy):
@@ -313,28 +315,36 @@ class _EmbeddingSlope(Function):
 class TwiceDifferentiable(TorchFunctionMode):
     "Run GELU, SiLU, layer norm, attention and cross entropy with second derivatives that k vectors share"
 
+    def __init__(
+        self,
+        shared: bool = True,  # False for torch's own formulas, except where they are wrong
+    ):
+        super().__init__()
+        self.replaced = _REPLACED if shared else _MENDED
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        replace = _REPLACED.get(func)
-        result = replace(*args, **(kwargs or {})) if replace and torch.is_grad_enabled() else NotImplemented
+        replace = self.replaced.get(func)
+        result = replace(*args, **(kwargs or {})) if replace and torch.is_grad_enabled() and not _is_autocast() else NotImplemented
         if result is not NotImplemented: return result
         if func is not F.scaled_dot_product_attention: return func(*args, **(kwargs or {}))
         with sdpa_kernel(SDPBackend.MATH): return func(*args, **(kwargs or {}))
 
 
+def _is_autocast(): return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 def _gelu_function(input, approximate="none"): return _Curve.apply(input, "gelu" if approximate == "none" else "gelu_tanh")
 def _silu_function(input, inplace=False): return NotImplemented if inplace else _Curve.apply(input, "silu")
 
 
 def _norm_function(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    if weight is None or bias is None or len(normalized_shape) != 1: return NotImplemented
+    if weight is None or bias is None or len(normalized_shape) != 1 or input.ndim < 2: return NotImplemented
     return _Norm.apply(input.contiguous(), weight, bias, eps)
 
 
 def _attention_function(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if dropout_p or enable_gqa or query.shape[:-2] != key.shape[:-2] or query.ndim < 3 or (attn_mask is not None
-            and attn_mask.requires_grad): return NotImplemented
+    odd_mask = attn_mask is not None and (is_causal or attn_mask.requires_grad)
+    if dropout_p or enable_gqa or query.shape[:-2] != key.shape[:-2] or query.ndim < 3 or odd_mask: return NotImplemented
     mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril() if is_causal else attn_mask
-    return _Attention.apply(query, key, value, mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    return _Attention.apply(query, key, value, mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, is_causal)
 
 
 def _is_leaf(weight): return weight.is_leaf and weight.requires_grad and weight.ndim == 2
@@ -356,5 +366,9 @@ def _cross_entropy_function(input, target, weight=None, size_average=None, ignor
     return _CrossEntropy.apply(_Handle.apply(input), input.detach(), target, ignore_index)
 
 
-_REPLACED = {F.cross_entropy: _cross_entropy_function, F.gelu: _gelu_function, F.silu: _silu_function, F.layer_norm: _norm_function,
+def _weight_norm_function(v, g, dim=0): return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_MENDED = {torch._weight_norm: _weight_norm_function}
+_REPLACED = {**_MENDED, F.cross_entropy: _cross_entropy_function, F.gelu: _gelu_function, F.silu: _silu_function, F.layer_norm: _norm_function,
              F.scaled_dot_product_attention: _attention_function, F.linear: _linear_function, F.embedding: _embedding_function}

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import cases
@@ -33,7 +34,7 @@ def relative_error(found, expected): return float((found.double() - expected).no
 def forced(operator, engine, chunk):
     "Take an engine and a chunk, whatever the limit says"
     operator.plan_for(1)
-    if engine == "segments": assert operator._has_chain(operator._first()[0], 10**9)
+    if engine == "segments": assert operator._has_chain(*operator._first(), 10**9)
     make = operator._make_plan
     def plan(*args): return __import__("dataclasses").replace(make(*args), engine=engine, chunk=chunk)
     operator._make_plan, operator._plans = plan, {}
@@ -303,6 +304,328 @@ def test_a_model_that_differentiates_inside():
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(F.mse_loss(model(x), y), params, create_graph=True)])
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ v, params)])
     torch.testing.assert_close(H @ v, expected, atol=1e-6, rtol=1e-4)
+
+
+class Twice(nn.Module):
+    "One module by two names"
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b = self.a
+
+    def forward(self, x): return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def test_the_model_is_itself_again():
+    "A module by two names too, and after an error in the middle of a product"
+    model = cases.randomize(Twice())
+    before = [(id(p), type(p)) for m in model.modules() for p in m._parameters.values()]
+    H, v = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X, Y)]), torch.randn(35)
+    assert relative_error(H @ v, reference.double_backward(model, F.cross_entropy, X.double(), Y, v)) < 1e-5
+    def failing(z, y): raise KeyboardInterrupt
+    H._objective.loss_fn = failing
+    with pytest.raises(KeyboardInterrupt): H @ v
+    assert [(id(p), type(p)) for m in model.modules() for p in m._parameters.values()] == before
+
+
+@pytest.mark.parametrize("engine", ["reverse", "segments"])
+def test_a_penalty_on_the_parameters(engine):
+    "Found where the model's parameters are looked up; refused where a list of them was made before"
+    model, loss_fn, x, y = cases.curvature_case("tanh mlp, squares")
+    params = list(model.parameters())
+    def penalised(model): return lambda z, y: loss_fn(z, y) + sum((p**4).sum() for p in model.parameters())
+    H, v = forced(HessianOperator(model, penalised(model), params, [(x, y)]), engine, 3), torch.randn(sum(p.numel() for p in params))
+    bend = torch.cat([12 * p.detach().double().flatten() ** 2 for p in params]) * v.double()
+    assert relative_error(H @ v, reference.double_backward(model, loss_fn, x.double(), y.double(), v) + bend) < 1e-5
+    with pytest.raises(InvalidInput, match=r"the loss reads .* from a reference made before.*model.parameters\(\) inside loss_fn"):
+        HessianOperator(model, lambda z, y: loss_fn(z, y) + sum(p.square().sum() for p in params), params, [(x, y)])
+
+
+class Stack(nn.Module):
+    "Blocks between two linear layers; `run` says how"
+    def __init__(self, run, n=3, shared=False):
+        super().__init__()
+        self.into, self.out, self.run = nn.Linear(4, 5), nn.Linear(5, 3), run
+        blocks = [nn.Sequential(nn.Tanh(), nn.Linear(5, 5)) for _ in range(1 if shared else n)]
+        self.blocks = nn.ModuleList(blocks * n if shared else blocks)
+
+    def forward(self, x): return self.out(torch.tanh(self.run(self, self.into(x))))
+
+
+def through(model, h):
+    for block in model.blocks: h = block(h)
+    return h
+
+
+def hooked(kind, block):
+    model = Stack(through)
+    getattr(model.blocks[block], f"register_forward_{kind}")(lambda module, *seen: (2 * seen[0][0],) if kind == "pre_hook" else 2 * seen[1])
+    return model
+
+
+def keeping_all(use):
+    def run(model, h):
+        seen = [h]
+        for block in model.blocks: seen.append(block(seen[-1]))
+        return use(seen)
+    return Stack(run)
+
+
+class Remembering(nn.Linear):
+    "A block with a cache, which the model empties before each pass"
+    def forward(self, h, cache):
+        cache.append(super().forward(h))
+        return sum(cache) / 3 ** len(cache)
+
+
+def cached():
+    def run(model, h):
+        for block in model.blocks: h = block(h, [])
+        return h
+    model = Stack(run)
+    model.blocks = nn.ModuleList(Remembering(5, 5) for _ in range(3))
+    return model
+
+
+CHAINS = {  # (model, whether its blocks are a chain)
+    "one block three times": (lambda: Stack(through, shared=True), True),
+    "a head with a block's weight": (lambda: Stack(lambda m, h: F.linear(through(m, h), m.blocks[1][1].weight.t())), True),
+    "a head that is a part of a block": (lambda: Stack(lambda m, h: m.blocks[0][1](through(m, h))), True),
+    "a skip around the blocks": (lambda: Stack(lambda m, h: through(m, h) + h.sin()), True),
+    **{f"{kind} on block {i}": (lambda kind=kind, i=i: hooked(kind, i), True) for kind in ("pre_hook", "hook") for i in (0, 1, 2)},
+    "the middle is read later": (lambda: keeping_all(lambda seen: seen[-1] + seen[1]), False),
+    "the middle is read as a number": (lambda: keeping_all(lambda seen: seen[-1] * seen[1].detach()), False),
+    "changed in place afterwards": (lambda: Stack(lambda m, h: through(m, h).mul_(2)), False),
+    "a block that remembers": (cached, False),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_segments_are_right_or_left_out(name):
+    make, applies = CHAINS[name]
+    model = cases.randomize(make())
+    H = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X, Y)])
+    found = H._has_chain(*H._first(), 10**9)  # Else a part of one block may be
+    assert (found and H._chain.blocks == list(model.blocks)) is applies
+    if found: H = forced(H, "segments", 4)
+    v = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0))
+    assert relative_error(H @ v, reference.double_backward(model, F.cross_entropy, X.double(), Y, v)) < 1e-5
+
+
+def test_a_model_that_takes_another_path_later():
+    def run(model, h): return through(model, h) if h.sum() > 0 else model.blocks[2].forward(model.blocks[1](model.blocks[0](h)))
+    model, x = Stack(run), torch.randn(6, 4)
+    model.into.weight.data.fill_(1)
+    x[:3], x[3:] = 5 + x[:3].abs(), -5 - x[3:].abs()
+    H = forced(HessianOperator(model, F.cross_entropy, list(model.parameters()), [(x, Y)]), "segments", 3)
+    with pytest.raises(InvalidInput, match="another order or manner than for the first sample.*larger memory_limit"): H @ torch.randn(H.shape[0])
+
+
+def test_padded_transformer_encoder():
+    "Whose fast path, which has no second derivative, must stay shut where no gradient is asked for"
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True), 3)
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.encoder = nn.Linear(4, 4), encoder
+
+        def forward(self, x, padding): return self.encoder(self.into(x), src_key_padding_mask=padding)[:, 0]
+    model, x, padding = cases.randomize(Padded()).eval(), torch.randn(4, 5, 4), torch.zeros(4, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[2, 4:] = True
+    v, y = torch.randn(sum(p.numel() for p in model.parameters())), torch.randn(4, 4)
+    whole, parts = (forced(HessianOperator(model, F.mse_loss, list(model.parameters()), [((x, padding), y)], dtype=torch.float64), engine, 3)
+                    for engine in ("reverse", "segments"))
+    assert relative_error(parts @ v, whole @ v) < 1e-12 and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_hugging_face_models_in_segments(kind):
+    "Which fill a cache of keys and values as they run, if nobody tells them not to"
+    transformers = pytest.importorskip("transformers")
+    shared = {"vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0}
+    model = (transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, n_embd=16, n_layer=4, n_head=2, **shared)) if kind == "GPT2" else
+             transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+                                                                    num_key_value_heads=1, max_position_embeddings=64, **shared))).eval()
+    ids = torch.randint(11, (4, 33))
+    def loss_fn(out, y): return F.cross_entropy(out.logits.flatten(0, 1), y.flatten())
+    tight, free = (HessianOperator(model, loss_fn, list(model.parameters()), [(ids[:, :-1], ids[:, 1:])], memory_limit=limit)
+                   for limit in ("500kB", None))
+    v = torch.randn(tight.shape[0])
+    assert relative_error(tight @ v, (free @ v).double()) < 1e-5 and tight.plan.engine == "segments" and model.config.use_cache
+
+
+TOKENS, PADDED = torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
+PADDED[4:, 3:] = -100
+WEIGHTS, CLASSES = torch.tensor([1.0, 5.0, 10.0]), torch.tensor([0, 0, 1, 2, 1, 2, 0, 1])
+
+
+def token_loss(z, y): return F.cross_entropy(z.flatten(0, 1), y.flatten())
+def weighted_loss(z, y): return F.cross_entropy(z, y, weight=WEIGHTS)
+
+
+@pytest.mark.parametrize("case", ["padded", "weighted", "in a later batch", "two alike"])
+def test_a_loss_that_is_no_mean_though_its_first_samples_are_alike(case):
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4)) if case in ("padded", "two alike") else nn.Linear(4, 3)
+    x = torch.randn(8, 4)
+    data, loss_fn = {"padded": ([(TOKENS, PADDED)], token_loss), "weighted": ([(x, CLASSES)], weighted_loss),
+                     "in a later batch": ([(x, 0 * CLASSES), (x, CLASSES)], weighted_loss), "two alike": ([(TOKENS, TOKENS)], token_loss)}[case]
+    expectation = pytest.raises(InvalidInput, match=r"not a mean over samples: .* for two of them together \(samples 0 and")
+    with nullcontext() if case == "two alike" else expectation:
+        H = HessianOperator(model, loss_fn, list(model.parameters()), data)
+        H @ torch.randn(H.shape[0])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    "Samples that come once; `iterate` says how"
+    def __init__(self, iterate): self.samples, self.iterate = iter(list(zip(X, Y, strict=True))), iterate
+    def __iter__(self): return self.iterate(self.samples)
+
+
+@pytest.mark.parametrize("iterate, message", [(iter, "can be read only once"), (lambda samples: (s for s in samples), "4 samples and then no more")])
+def test_a_stream_is_no_data_set(iterate, message):
+    model, loader = nn.Linear(4, 3), torch.utils.data.DataLoader(Stream(iterate), batch_size=2)
+    with pytest.raises(InvalidInput, match=message): HessianOperator(model, F.cross_entropy, list(model.parameters()), loader) @ torch.randn(15)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "fisher"])
+def test_what_a_gauss_newton_matrix_cannot_see(kind):
+    class Losing(nn.Linear):
+        def forward(self, x, y): return {"loss": F.cross_entropy(z := super().forward(x), y), "logits": z}
+    model, data = Losing(4, 3), [((X, Y), Y)]
+    params = list(model.parameters())
+    with pytest.raises(InvalidInput, match=r"an output of shape \(\).*take the loss .*the logits"):
+        KINDS[kind](model, lambda out, y: out["loss"], params, data)
+    def loss_fn(out, y): return F.cross_entropy(out["logits"], y)
+    linear = nn.Linear(4, 3)
+    linear.load_state_dict(model.state_dict())
+    expected = reference.dense_curvature(linear, F.cross_entropy, X, Y, kind)
+    assert relative_error(KINDS[kind](model, loss_fn, params, data) @ torch.eye(15), expected) < 1e-5
+    with pytest.raises(InvalidInput, match="reads parameters past the tensors that the model returns"):
+        KINDS[kind](model, lambda out, y: loss_fn(out, y) + model.weight.square().sum(), params, data)
+    with pytest.raises(InvalidInput, match="linear in the model's outputs" if kind == "ggn" else r"shape \(6,\) for 2 samples"):
+        KINDS[kind](linear, lambda z, y: z.mean(), list(linear.parameters()), [(X, Y)])
+        flat = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))
+        KINDS[kind](flat, lambda z, y: z.square().mean(), list(flat.parameters()), [(X, Y)])
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+                                   lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))])
+def test_a_model_that_changes_as_it_runs(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer(), nn.Flatten(), nn.Linear(12, 3))
+    x, before = torch.randn(6, 3, 4), {name: t.clone() for name, t in model.named_buffers()}
+    with pytest.raises(InvalidInput, match=r"its buffer 1.* got other values. Call model.eval\(\)"):
+        HessianOperator(model, F.cross_entropy, list(model.parameters()), [(x, Y)])
+    for name, t in model.named_buffers(): torch.testing.assert_close(t, before[name], atol=0, rtol=0)
+    HessianOperator(model.eval(), F.cross_entropy, list(model.parameters()), [(x, Y)])
+
+
+def test_half_precision_needs_no_other_dtype():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).bfloat16()
+    H, v = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X.bfloat16(), Y)]), torch.randn(67)
+    assert relative_error(H @ v, reference.double_backward(model, F.cross_entropy, X.bfloat16().double(), Y, v)) < 0.05
+
+
+def test_v_of_other_kinds():
+    model = nn.Linear(4, 3)
+    H = HessianOperator(model, F.cross_entropy, list(model.parameters()), [(X, Y)])
+    parts = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    exact, v = H @ parts, torch.randn(15)
+    for name, t in (H @ {name: t.numpy() for name, t in parts.items()}).items(): torch.testing.assert_close(t, exact[name])
+    np.testing.assert_allclose(H @ v.numpy()[::-1], (H @ v.flip(0)).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(H @ v.numpy().astype(">f4"), (H @ v).numpy(), rtol=1e-6)
+    for wrong, message in ((v.to(torch.complex64), "v is real, not torch.complex64"), (v.numpy() * 1j, "v is real, not complex64"),
+                           (parts | {"weight": parts["weight"].T}, r"v has shape \(3, 4\) at weight, not \(4, 3\)"),
+                           (parts | {"bias": [1.0, 2.0, 3.0]}, r"v has shape \(3,\) at bias, not list")):
+        with pytest.raises(InvalidInput, match=message): H @ wrong
+
+
+@pytest.mark.parametrize("data, message", [([(X[:0], Y[:0])], "has no samples"), ([(X, Y), (X[:0], Y[:0])], "has no samples"),
+                                           ([(X[:4], Y)], "have 4 and 6 entries along the first dimension")])
+def test_batches_that_do_not_fit(data, message):
+    model = nn.Linear(4, 3)
+    with pytest.raises(InvalidInput, match=message): HessianOperator(model, F.cross_entropy, list(model.parameters()), data) @ torch.randn(15)
+
+
+class Run(nn.Module):
+    "Two linear layers and a norm; `run` says how"
+    def __init__(self, run):
+        super().__init__()
+        self.a, self.b, self.norm, self.run = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), run
+
+    def forward(self, x): return self.run(self, x)
+
+
+def residual(m, x):
+    h = m.a(x)
+    h += x
+    return m.b(m.norm(h).sin())
+
+
+def attend(m, x, **mask):
+    h = m.a(x)[:, None]
+    h = F.scaled_dot_product_attention(h, h, h, **mask)
+    return h[:, 0]
+
+
+def attend_in_place(m, x):
+    h = attend(m, x)
+    h += 1
+    return m.b(m.norm(h).sin())
+
+
+BLIND = torch.ones(3, 3, dtype=torch.bool).tril()
+BLIND[0] = False
+LAYERS = {
+    "relu in place": lambda m, x: m.b(m.norm(F.relu(m.a(x), inplace=True))),
+    "a residual in place": residual,
+    "masked in place": lambda m, x: m.b(m.norm(m.a(x).masked_fill_(x > 1, 0.0)).sin()),
+    "attention, then in place": attend_in_place,
+    "a query that may look nowhere": lambda m, x: m.b(m.norm(attend(m, x, attn_mask=BLIND)).sin()),
+    "a norm of a vector": lambda m, x: m.b(torch.tanh(m.a(x) * m.norm(m.a.bias))),
+    "a checkpoint": lambda m, x: m.b(torch.utils.checkpoint.checkpoint(lambda x: m.norm(F.gelu(m.a(x))), x, use_reentrant=False)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_three_dimensions(name):
+    model, x, y = cases.randomize(Run(LAYERS[name])), torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    H, v = HessianOperator(model, F.mse_loss, list(model.parameters()), [(x, y)]), torch.randn(48)
+    assert relative_error(H @ v, reference.double_backward(model, F.mse_loss, x.double(), y.double(), v)) < 1e-5
+
+
+def test_autocast_inside():
+    "bfloat16 has 8 bits"
+    def run(m, x):
+        with torch.autocast("cpu", torch.bfloat16): return m.b(F.gelu(m.norm(m.a(x)))).float()
+    model, x, y = cases.randomize(Run(run)), torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    H, v = HessianOperator(model, F.mse_loss, list(model.parameters()), [(x, y)]), torch.randn(48)
+    model.run = lambda m, x: m.b(F.gelu(m.norm(m.a(x))))
+    assert relative_error(H @ v, reference.double_backward(model, F.mse_loss, x.double(), y.double(), v)) < 0.05
+
+
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weight_norm(normalize):
+    "Against central differences: torch's own second derivative of it is wrong"
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    normalize(model[0])
+    params, x = list(model.parameters()), X.double()
+    H, v = HessianOperator(model, F.cross_entropy, params, [(x, Y)]), torch.randn(sum(p.numel() for p in params)).double()
+
+    def gradient(step):
+        for p, part in zip(params, v.split([p.numel() for p in params]), strict=True): p.data.add_(step * part.view_as(p))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), Y), params)])
+    product = H @ v
+    up, down = gradient(1e-5), gradient(-2e-5)
+    assert relative_error(product, (up - down) / 2e-5) < 1e-7
+
+
+def test_checkpoints_that_hide_parameters():
+    model = Run(lambda m, x: m.b(torch.utils.checkpoint.checkpoint(lambda x: m.norm(m.a(x)), x.requires_grad_(), use_reentrant=True)))
+    with pytest.raises(InvalidInput, match="the model uses torch.utils.checkpoint: leave it out.*use_reentrant=True"):
+        HessianOperator(model, F.mse_loss, list(model.parameters()), [(X, X)])
 
 
 RANK = """
