@@ -226,16 +226,16 @@ def _with_plain_constants(op):
     "The operator with numbers for tensors that do not depend on an argument: its decomposition may look at those"
     import pennylane as qml
 
-    if not any(isinstance(value, torch.Tensor) for value in op.data) or any(_depends(value) for value in op.data): return op
+    tensors = [value for value in op.data if isinstance(value, torch.Tensor)]
+    if not tensors or any(value.requires_grad or _depends(value) for value in tensors): return op
     with disable_proxy_modes_tracing(), qml.QueuingManager.stop_recording():
         return qml.ops.functions.bind_new_parameters(op, [v.detach().numpy() if isinstance(v, torch.Tensor) else v for v in op.data])
 
 
 def _depends(value):
-    "Whether a value was computed from the arguments that are being traced, or wants a gradient"
+    "Whether a value was computed from the arguments that are being traced"
     mode = get_proxy_mode()
     if mode is None or not isinstance(value, torch.Tensor): return False
-    if value.requires_grad: return True
     proxy = get_proxy_slot(value, mode.tracer, None)
     return proxy is not None and bool(_sources_cached(proxy.proxy.node, {}))
 
