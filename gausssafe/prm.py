@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch import nn
 from .clusters import Clusters, find_clusters
 from .errors import InvalidInput, invalid_field, MemoryBudgetExceeded
 from .hvp import HessianOperator
-from .language import _sequences, lm_loss, lm_pairs, score_tokens, sequence_losses
+from .language import _sequences, check_ids, lm_loss, lm_pairs, score_tokens, sequence_losses
 from .membership import check_split, require_sequences, run_attacks
 from .memory import read_limit
 from .partition import CLASSES, count_classes, find_units, measure_features, partition
 from .response import Responses, compare_with_controls, measure_responses, n_passes, small_noise_check, summarize_responses
+from .spectrum import _Matrix
 from .units import format_bytes, format_duration
 
 # %% ../nbs/39_prm.ipynb #5202c6e5
@@ -116,6 +118,7 @@ class _Setup:
     def __init__(self, model, members, nonmembers, config):
         self.model, self.config, self.limit_bytes = model, config, read_limit(config.memory_limit)
         self.members, self.nonmembers = _sequences(members), _sequences(nonmembers)
+        check_ids(model, [*self.members, *self.nonmembers])
         check_split(self.members, self.nonmembers)
         require_sequences(len(self.members), len(self.nonmembers), config.half_width)
         self.curvature_rows = self.nonmembers[:config.n_curvature]
@@ -129,15 +132,17 @@ class _Setup:
         self.chunk, self.predicted_bytes = scores.chunk, max(self.predicted_bytes, scores.predicted_bytes + self._noise_bytes())
 
     def _product_bytes(self):
-        "Of eigenpairs and diagonal: their vectors beside a product"
-        vector_bytes, limit_bytes, needed = self.H.shape[0] * self.H.dtype.itemsize, self.H.limit_bytes, []
+        "Of eigenpairs and diagonal: their vectors beside a product; refused where they will be"
+        matrix, k, n_diagonal = _Matrix(self.H, None), min(self.config.n_eigenvectors, self.H.shape[0]), self.config.n_products // 3 + 3
         self.H.plan_for(1)
-        for n_vectors, n_columns in ((5 * self.config.n_eigenvectors + 21, 1), (self.config.n_products // 3 + 3, 8)):
-            held = min(n_vectors * vector_bytes, limit_bytes // 2)  # Fewer, where so many do not fit
-            try:
-                with self.H.reserve(held): needed.append(held + self.H.plan_for(n_columns).predicted_bytes)
-            except MemoryBudgetExceeded: needed.append(limit_bytes)
-        return max(needed)
+        size = min(matrix.d, 4 * k + 20)
+        held = matrix.room(size + k + 2, min(matrix.d, k + 3) + k + 2, "the Lanczos basis") - 1
+        return max(self._beside(matrix, held, 1), self._beside(matrix, matrix.room(n_diagonal, 3, "the diagonal"), 8))
+
+    def _beside(self, matrix, n_vectors, n_columns):
+        with matrix.reserve(n_vectors):
+            plan = self.H.plan_for(matrix.columns(n_columns))
+            return n_vectors * matrix.vector_bytes + plan.predicted_bytes
 
     def _noise_bytes(self):
         "Of a perturbation: weights as they were, normal numbers, noise and mask"
@@ -271,7 +276,9 @@ def _measure(setup, decode, reference):
     units = measure_features(model, setup.H, setup.units, members[:n], nonmembers[:n], n_eigenvectors=config.n_eigenvectors,
                              n_products=config.n_products, threshold=config.sparsity_threshold, seed=config.seed)
     units["class"] = partition(units, config.rule, share=config.share)
-    attacks = run_attacks(model, members, nonmembers, decode=decode, reference=reference, memory_limit=config.memory_limit, seed=config.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(tells next to nothing|there more than once)", RuntimeWarning)  # As _Setup has said
+        attacks = run_attacks(model, members, nonmembers, decode=decode, reference=reference, memory_limit=config.memory_limit, seed=config.seed)
     responses = measure_responses(model, setup.params, setup.units, units["class"].to_numpy(), members, nonmembers, strengths=config.strengths,
                                   n_seeds=config.n_seeds, n_controls=config.n_controls, kind=config.noise, **how)
     stderr = float(0.5 * (units.noise_variance * units.trace_stderr).pow(2).sum() ** 0.5)

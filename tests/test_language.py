@@ -111,6 +111,10 @@ def test_training_learns_what_can_be_known():
     (lambda: sequence_losses(gpt(), []), "there are no sequences"),
     (lambda: sequence_losses(gpt(), torch.zeros(2, 5)), "sequences are token ids: an integer tensor"),
     (lambda: sequence_losses(gpt(), [torch.tensor([1])]), "a sequence has at least 2 tokens"),
+    (lambda: sequence_losses(gpt(), torch.tensor([[1, 2, 11]])), "the model knows token ids below 11, and there is 11"),
+    (lambda: score_tokens(gpt(), torch.tensor([[1, 2, 500]])), "code the text with the model's own tokenizer"),
+    (lambda: train_lm(gpt(), torch.tensor([[1, 2, 12]])), "the model knows token ids below 11, and there is 12"),
+    (lambda: score_tokens(gpt(), torch.tensor([[1, -100, 3]])), "token ids are at least 0"),
     (lambda: train_lm(gpt(), torch.zeros(4, 5, dtype=torch.long), epochs=0), "epochs=0 and batch_size=32 are counts"),
 ])
 def test_refused(call, message):

@@ -103,6 +103,12 @@ def test_the_limit_is_kept_and_predicted(trained, limit):
     assert estimate.predicted_bytes <= limit_bytes and 0.6 < report.peak_bytes / estimate.predicted_bytes < 1.1
 
 
+def test_a_warning_is_given_once(trained):
+    members = torch.cat([tokens(60), tokens(1)])
+    with pytest.warns(RuntimeWarning) as told: run_prm(trained, members, tokens(60, seed=1), PRMConfig(**TINY), tell=quiet)
+    assert [sum(what in str(w.message) for w in told) for what in ("next to nothing", "more than once")] == [1, 1]
+
+
 def test_a_paper_class_stays_empty(trained):
     with pytest.warns(RuntimeWarning): report = run_prm(trained, tokens(60), tokens(60, seed=1), PRMConfig(**TINY | dict(rule="paper")), tell=quiet)
     empty = report.counts.index[report.counts.n_units == 0]
@@ -120,6 +126,9 @@ BAD = {
     "members are non-members": (lambda m: run_prm(m, tokens(60), tokens(60)), InvalidInput, "60 of 60 members are also non-members"),
     "too few": (lambda m: run_prm(m, tokens(60), tokens(60, 1), PRMConfig(half_width=0.01)), InvalidInput, r"not +-0.01: give 6,404 a side"),
     "no room": (lambda m: run_prm(m, tokens(150), tokens(150, 1), PRMConfig(memory_limit="20kB")), MemoryBudgetExceeded, "v and Hv alone needs"),
+    "no room for a basis": (lambda m: run_prm(m, tokens(150), tokens(150, 1), PRMConfig(memory_limit="600kB")), MemoryBudgetExceeded,
+                            "the Lanczos basis: 25 vectors of "),
+    "unknown ids": (lambda m: run_prm(m, tokens(150), 11 + tokens(150, 1)), InvalidInput, "the model knows token ids below 11, and there is 21"),
     "no sequences": (lambda m: run_prm(m, [], tokens(5)), InvalidInput, "there are no sequences"),
     "rule": (lambda m: PRMConfig(rule="papr"), InvalidInput, "there is no rule 'papr': did you mean 'paper'?"),
     "field": (lambda m: PRMConfig(strength=1.0), InvalidInput, "there is no field 'strength': did you mean 'strengths'?"),
