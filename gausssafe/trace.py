@@ -264,7 +264,7 @@ def _decomposition(op):
 def _from_matrix(op):
     import pennylane as qml
 
-    matrix = op.matrix()
+    matrix = op.sparse_matrix().toarray() if op.has_sparse_matrix and not op.has_matrix else op.matrix()
     if not _depends(matrix) and not qml.math.allclose(matrix @ qml.math.conj(matrix).T, np.eye(2 ** len(op.wires)), atol=1e-6):
         raise InvalidInput(f"{op.name} on wires {list(op.wires)} is not unitary, so it is no gate.")
     return (op if op.name == "QubitUnitary" else qml.QubitUnitary(matrix, wires=op.wires)).decomposition()
