@@ -117,7 +117,7 @@ def _like(tensors, device): return [t if t.device == device else t.to(device) fo
 # %% ../nbs/22_circuits.ipynb #2e5f9711
 class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
-    _splits = True  # A batch may be computed in parts
+    _splits, _room = True, 1.0  # A batch may be computed in parts; the share of the limit that a pass may take
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, choose_engine(circuit, engine, limit_bytes)
@@ -254,25 +254,25 @@ _COUNTED = 64
 
 
 def _graph_bytes(plan):
-    "Bytes a sample, in float32: tangled angles, all angles side by side, and the slopes of both"
+    "Bytes a sample, in float32: tangled angles, all angles side by side, and the slopes of both, which are copied apart again"
     lead = {True: (_COUNTED,), False: ()}
     given = [torch.zeros(*lead[batched], *plan.circuit.shapes[name]).requires_grad_() for name, batched in plan._batched.items()]
     with count_tensor_bytes() as forth: angles = [value.sum() for value in _tangle(plan, given) if value.requires_grad]
     with count_tensor_bytes() as back: angles and torch.autograd.grad(sum(angles), given, allow_unused=True)
     entries = max(rows.stop for rows, sampled in zip(plan._rows, plan._sampled, strict=True) if sampled)
-    return -(-(forth.peak_bytes + back.peak_bytes) // _COUNTED) + 8 * entries
+    return -(-(forth.peak_bytes + back.peak_bytes) // _COUNTED) + 16 * entries
 
 
 def _most_tangled(plan, itemsize):
-    "Samples whose graph takes half of the limit"
-    return max(1, plan.limit_bytes // (2 * plan._tangled_bytes * itemsize))
+    "Samples whose graph takes a quarter of the limit"
+    return max(1, plan.limit_bytes // (4 * plan._tangled_bytes * itemsize))
 
 
 def _tangled_size(plan, arguments):
     "Samples of a part, 0 where a batch need not be parted"
     first = next(arguments[name] for name, batched in plan._batched.items() if batched)
-    size = _most_tangled(plan, first.dtype.itemsize)
-    return size if size < len(first) else 0
+    most, batch = _most_tangled(plan, first.dtype.itemsize), len(first)
+    return -(-batch // -(-batch // most)) if most < batch else 0  # Equal shares, so that each takes the place of the one before
 
 
 class _InParts(torch.autograd.Function):
@@ -297,6 +297,7 @@ class _InParts(torch.autograd.Function):
             with torch.enable_grad(): result = ctx.plan(**part)
             found = torch.autograd.grad(result, wanted, grad[first:first + ctx.size], materialize_grads=True)
             for view, slope in zip((view for view in views.values() if view is not None), found, strict=True): view.add_(slope)
+            del result, found, wanted, part  # Whose workspace the next part takes
         return None, None, *slopes
 
 
@@ -311,7 +312,7 @@ def _layout(plan, batch, itemsize, needs_grad, engine=None, device=_CPU):
     if plan.limit_bytes is None and time.monotonic() > plan._read_again: plan._layouts, plan._read_again = {}, time.monotonic() + 1
     key = batch, itemsize, needs_grad, device
     if key not in plan._layouts:
-        limit = _left(plan.limit_bytes, device) - batch * plan._tangled_bytes * itemsize
+        limit = int(plan._room * _left(plan.limit_bytes, device)) - batch * plan._tangled_bytes * itemsize
         piece = batch if engine else _piece(plan._engine, limit, batch, itemsize)
         plan._layouts[key] = _new_layout(engine or plan._engine, plan.circuit.n_wires, limit, batch, piece, itemsize, needs_grad)
     return plan._layouts[key]
@@ -326,7 +327,8 @@ def _left(limit_bytes, device):
 def _piece(engine, limit, batch, itemsize):
     "Samples at a time: all, or, where not even their angles fit, as many as leave half of the room to states"
     if engine.tile(batch, itemsize, limit): return batch
-    return max(1, (limit - engine.bytes(1, itemsize, 1, False)) // (2 * max(1, engine.batch_bytes(itemsize))))
+    most = max(1, (limit - engine.bytes(1, itemsize, 1, False)) // (2 * max(1, engine.batch_bytes(itemsize))))
+    return -(-batch // -(-batch // most))
 
 
 def _new_layout(engine, n_wires, limit, batch, piece, itemsize, needs_grad):
@@ -476,7 +478,7 @@ def _columns(measurements):
 
 class ShotPlan(ExecutionPlan):
     "A compiled circuit with a finite number of shots: what it returns is drawn, its gradient is exact"
-    _splits = False
+    _splits, _room = False, 0.875  # The rest is for what the heap keeps of the draws' workspaces
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         super().__init__(_exact(circuit), limit_bytes, engine)
