@@ -160,7 +160,6 @@ class ExecutionPlan:
 
     def __call__(self, **arguments: torch.Tensor) -> torch.Tensor:  # (batch, n_results)
         "Run the circuit on a batch; differentiable in every argument"
-        _check(self, arguments)
         if self._bounds_graph and (size := _tangled_size(self, arguments)):
             return _applied(_InParts, self, size, *(arguments[name] for name in self._batched))
         tensors, device = self._prepared(arguments)
@@ -169,6 +168,7 @@ class ExecutionPlan:
 
     def _prepared(self, arguments):
         "Arguments and tangled angles of one dtype, and the device they are for"
+        _check(self, arguments)
         tensors = [arguments[name] for name in self._batched]
         like = tensors[self._sampled.index(True) if True in self._sampled else 0]
         if self.circuit.tangled is not None: tensors += _tangle(self, tensors)
@@ -270,8 +270,9 @@ def _most_tangled(plan, itemsize):
 
 def _tangled_size(plan, arguments):
     "Samples of a part, 0 where a batch need not be parted"
-    first = next(arguments[name] for name, batched in plan._batched.items() if batched)
-    most, batch = _most_tangled(plan, first.dtype.itemsize), len(first)
+    _check(plan, arguments)
+    samples = [arguments[name] for name, batched in plan._batched.items() if batched]
+    most, batch = _most_tangled(plan, samples[0].dtype.itemsize), _common(samples)
     return -(-batch // -(-batch // most)) if most < batch else 0  # Equal shares, so that each takes the place of the one before
 
 
@@ -312,7 +313,8 @@ def _layout(plan, batch, itemsize, needs_grad, engine=None, device=_CPU):
     if plan.limit_bytes is None and time.monotonic() > plan._read_again: plan._layouts, plan._read_again = {}, time.monotonic() + 1
     key = batch, itemsize, needs_grad, device
     if key not in plan._layouts:
-        limit = int(plan._room * _left(plan.limit_bytes, device)) - batch * plan._tangled_bytes * itemsize
+        limit = _left(plan.limit_bytes, device)
+        if engine is None: limit = int(plan._room * limit) - batch * plan._tangled_bytes * itemsize
         piece = batch if engine else _piece(plan._engine, limit, batch, itemsize)
         plan._layouts[key] = _new_layout(engine or plan._engine, plan.circuit.n_wires, limit, batch, piece, itemsize, needs_grad)
     return plan._layouts[key]
@@ -511,7 +513,6 @@ class ShotPlan(ExecutionPlan):
         return self._told(*self._drawn(seed, generator, arguments))
 
     def _drawn(self, seed, generator, arguments):
-        _check(self, arguments)
         tensors, device = self._prepared(arguments)
         numbers, results = _applied(_Straight, self, call_seed(seed, generator), *_like(tensors, _CPU))
         return _like([numbers], device)[0], results
