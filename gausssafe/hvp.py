@@ -508,9 +508,7 @@ def _check_mode(model):
 def _check_loss(objective, chosen, x, y):
     "A few samples tell whether the loss can be used: a finite, repeatable mean over samples that depends on every parameter"
     stand_ins, leaves = objective.tensors(chosen)
-    def loss_of(start, stop, step=1):
-        with objective.standing_in(stand_ins): return objective.loss(*_take((x, y), start, stop, leaves[0].device, objective.dtype, step))
-    n = min(2, _n_samples(x))
+    loss_of, n = _loss_of(objective, stand_ins, x, y), min(2, _n_samples(x))
     with _kept_buffers(objective.model): loss = loss_of(0, n)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else repr(loss)
@@ -530,6 +528,14 @@ def _check_loss(objective, chosen, x, y):
         raise InvalidInput(f"the model is not deterministic: two losses of the same {n} samples are {value:.7g} and {again:.7g}. "
                            "Call model.eval(), or seed what draws")
     _check_mean(loss_of, _n_samples(x))
+
+# %% ../nbs/30_hvp.ipynb #8db97dd2
+def _loss_of(objective, stand_ins, x, y):
+    "The mean loss of the samples from the first up to the last, by steps"
+    device = next(iter(stand_ins.values())).device
+    def loss_of(start, stop, step=1):
+        with objective.standing_in(stand_ins): return objective.loss(*_take((x, y), start, stop, device, objective.dtype, step))
+    return loss_of
 
 
 def _check_mean(loss_of, n, n_tried=8):
@@ -555,7 +561,7 @@ def _kept_buffers(model):
             for name in changed: before[name][0].copy_(before[name][2])
     if changed: raise InvalidInput(f"the model changes as it runs: its buffer {changed[0]} got other values. Call model.eval() first")
 
-
+# %% ../nbs/30_hvp.ipynb #9e5b653e
 def _check_outputs(objective, chosen, x, y, by_sample):
     "The loss must be made of the model's outputs and bend along them; `by_sample`: and find its own rows there for each sample"
     stand_ins, leaves = objective.tensors(chosen)
@@ -815,32 +821,36 @@ class _Planner(_Budgeted):
             except Exception: self._chain = False  # Whatever a model says to being run in pieces
         return bool(self._chain)
 
-# %% ../nbs/30_hvp.ipynb #508005ec
-class _Operator(_Planner):
-    "Multiply"
+# %% ../nbs/30_hvp.ipynb #edfc1bee
+class _Watcher(_Planner):
+    "What must hold for the data of every product"
 
-    def __matmul__(self, v):
-        "Curvature times v: a vector (d,), columns (d, k), or a dict by parameter name"
-        if isinstance(v, Mapping): return self._by_name(v)
-        if isinstance(v, np.ndarray): return (self @ _from_numpy(v)).cpu().numpy()
-        if isinstance(v, torch.Tensor) and v.is_complex(): raise InvalidInput(f"v is real, not {v.dtype}: multiply its two parts one by one")
-        if not isinstance(v, torch.Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
-            found = tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
-            raise InvalidInput(f"v has shape ({self.shape[0]},) or ({self.shape[0]}, k), not {found}")
-        if v.ndim == 2 and not v.shape[1]: raise InvalidInput("v has no columns")
-        rows = v.detach().to(self.device, self.dtype).reshape(self.shape[0], -1).T
-        out = self._product(rows)
-        return out[0] if v.ndim == 1 else out.T
+    def _check_again(self, n_seen):
+        "Data must give its samples to each product anew"
+        source = getattr(self.data, "dataset", self.data)
+        indexed = hasattr(source, "__getitem__") and not isinstance(source, torch.utils.data.IterableDataset)
+        if n_seen and (indexed or any(True for _ in self.data)): return
+        raise InvalidInput(f"data gave {n_seen} samples and then no more, but every product reads it: give a list of batches, or a DataLoader over a "
+                           "dataset that starts anew each time")
 
-    def _by_name(self, v):
-        wrong = sorted(set(v) ^ set(self.names))
-        if wrong: raise InvalidInput(f"v names each of the {len(self.names)} parameters once, and {', '.join(wrong[:3])} is missing or unknown")
-        parts = [_from_numpy(v[name]) if isinstance(v[name], np.ndarray) else v[name] for name in self.names]
-        for name, part, p in zip(self.names, parts, self._params, strict=True):
-            if getattr(part, "shape", None) != p.shape:
-                raise InvalidInput(f"v has shape {tuple(p.shape)} at {name}, not {tuple(getattr(part, 'shape', ())) or type(part).__name__}")
-        product = self @ torch.cat([part.reshape(-1) for part in parts])
-        return dict(zip(self.names, _views(product, self._params), strict=True))
+    def _check_batch(self, x, y, engine):
+        "Whether the loss is a mean over the first and the last sample too"
+        with _differentiable(self._shared), torch.set_grad_enabled(engine != "segments"):
+            _check_mean(_loss_of(self._objective, self._objective.tensors(self.names)[0], x, y), _n_samples(x), 2)
+
+    def _compare(self, n_seen, loss):
+        "The same parameters must see the same data in every pass"
+        now = n_seen, loss, [p.detach().sum().item() for p in self.model.parameters()]
+        before, self._before = self._before, now
+        tolerance = min(0.05, 1e4 * torch.finfo(self.dtype).eps) * abs(loss)
+        if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > tolerance):
+            raise InvalidInput(f"data changed between two products: {before[0]} samples of mean loss {before[1]:.7g}, then {n_seen} of {loss:.7g}. "
+                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches. "
+                               "Or the loss is not a mean over samples, and they shared other chunks")
+
+# %% ../nbs/30_hvp.ipynb #e2eb8b1d
+class _Sum(_Watcher):
+    "Add up the chunks"
 
     def _product(self, rows):
         "Sum over chunks, in place, then the mean"
@@ -863,14 +873,6 @@ class _Operator(_Planner):
         if self._before is None or not n_seen: self._check_again(n_seen)
         self._compare(n_seen, loss / n_seen)
         return out, n_seen, loss, plans, peak_bytes
-
-    def _check_again(self, n_seen):
-        "Data must give its samples to each product anew"
-        source = getattr(self.data, "dataset", self.data)
-        indexed = hasattr(source, "__getitem__") and not isinstance(source, torch.utils.data.IterableDataset)
-        if n_seen and (indexed or any(True for _ in self.data)): return
-        raise InvalidInput(f"data gave {n_seen} samples and then no more, but every product reads it: give a list of batches, or a DataLoader over a "
-                           "dataset that starts anew each time")
 
     def _all_reduced(self, rows):
         "Sums over all processes: one all-reduce of Hv, after one that tells how many failed"
@@ -899,22 +901,32 @@ class _Operator(_Planner):
             bar.update(stop - start)
         return loss, peak_bytes
 
-    def _check_batch(self, x, y, engine):
-        "Whether the loss is a mean over the first and the last sample too"
-        stand_ins, _ = self._objective.tensors(self.names)
-        def loss_of(*span): return self._objective.loss(*_take((x, y), *span[:2], self.device, self._objective.dtype, *span[2:]))
-        with _differentiable(self._shared), torch.set_grad_enabled(engine != "segments"), self._objective.standing_in(stand_ins):
-            _check_mean(loss_of, _n_samples(x), 2)
+# %% ../nbs/30_hvp.ipynb #508005ec
+class _Operator(_Sum):
+    "Multiply"
 
-    def _compare(self, n_seen, loss):
-        "The same parameters must see the same data in every pass"
-        now = n_seen, loss, [p.detach().sum().item() for p in self.model.parameters()]
-        before, self._before = self._before, now
-        tolerance = min(0.05, 1e4 * torch.finfo(self.dtype).eps) * abs(loss)
-        if before and before[2] == now[2] and (before[0] != n_seen or abs(before[1] - loss) > tolerance):
-            raise InvalidInput(f"data changed between two products: {before[0]} samples of mean loss {before[1]:.7g}, then {n_seen} of {loss:.7g}. "
-                               "Augmentation, or shuffle=True with drop_last=True, give other samples at each pass: use a fixed list of batches. "
-                               "Or the loss is not a mean over samples, and they shared other chunks")
+    def __matmul__(self, v):
+        "Curvature times v: a vector (d,), columns (d, k), or a dict by parameter name"
+        if isinstance(v, Mapping): return self._by_name(v)
+        if isinstance(v, np.ndarray): return (self @ _from_numpy(v)).cpu().numpy()
+        if isinstance(v, torch.Tensor) and v.is_complex(): raise InvalidInput(f"v is real, not {v.dtype}: multiply its two parts one by one")
+        if not isinstance(v, torch.Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
+            found = tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
+            raise InvalidInput(f"v has shape ({self.shape[0]},) or ({self.shape[0]}, k), not {found}")
+        if v.ndim == 2 and not v.shape[1]: raise InvalidInput("v has no columns")
+        rows = v.detach().to(self.device, self.dtype).reshape(self.shape[0], -1).T
+        out = self._product(rows)
+        return out[0] if v.ndim == 1 else out.T
+
+    def _by_name(self, v):
+        wrong = sorted(set(v) ^ set(self.names))
+        if wrong: raise InvalidInput(f"v names each of the {len(self.names)} parameters once, and {', '.join(wrong[:3])} is missing or unknown")
+        parts = [_from_numpy(v[name]) if isinstance(v[name], np.ndarray) else v[name] for name in self.names]
+        for name, part, p in zip(self.names, parts, self._params, strict=True):
+            if getattr(part, "shape", None) != p.shape:
+                raise InvalidInput(f"v has shape {tuple(p.shape)} at {name}, not {tuple(getattr(part, 'shape', ())) or type(part).__name__}")
+        product = self @ torch.cat([part.reshape(-1) for part in parts])
+        return dict(zip(self.names, _views(product, self._params), strict=True))
 
     def to_scipy(self):  # scipy.sparse.linalg.LinearOperator
         "For scipy.sparse.linalg.eigsh, cg and the like"

@@ -459,6 +459,14 @@ _ESCAPES = {  # Values leave torch, or decide how many there are
     torch.bincount, torch.Tensor.bincount,
 }
 
+# %% ../nbs/12_trace.ipynb #a54e3db7
+_SPANS = {0: (-0.9, 0.9), 1: (-0.9, 0.9), 2: (0.05, 0.45)}  # The last for roots, logarithms and the like
+
+
+def _examples(shapes, seed):
+    generator, (low, high) = torch.Generator().manual_seed(seed), _SPANS[seed]
+    return {name: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
 
 def _record(function, shapes, device_wires):
     "Trace with make_fx: the graph of all angles, and what was read on the way"
@@ -480,7 +488,7 @@ def _record(function, shapes, device_wires):
         raise _looking(error) from error
     return _without_writes(graph, shapes), *kept
 
-
+# %% ../nbs/12_trace.ipynb #354e20d5
 def _writes(node): return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
@@ -491,7 +499,7 @@ def _without_writes(graph, shapes):
 
 
 def _put(there, what, dim, places):
-    "A copy with `what` in some places along a dimension, by operations that torch.vmap differentiates rightly (it doubles select_scatter's slope)"
+    "A copy of a tensor with `what` in some places along a dimension"
     with disable_proxy_modes_tracing():
         source, shape = torch.full((there.shape[dim],), -1), [1] * there.dim()
         source[places], shape[dim] = torch.arange(what.shape[dim]), -1
@@ -503,14 +511,6 @@ _WRITES = {
     _aten.select_scatter.default: lambda there, what, dim, index: _put(there, what.unsqueeze(dim), dim, [index]),
     _aten.slice_scatter.default: lambda there, what, dim=0, start=None, end=None, step=1: _put(there, what, dim, slice(start, end, step)),
 }
-
-
-_SPANS = {0: (-0.9, 0.9), 1: (-0.9, 0.9), 2: (0.05, 0.45)}  # The last for roots, logarithms and the like
-
-
-def _examples(shapes, seed):
-    generator, (low, high) = torch.Generator().manual_seed(seed), _SPANS[seed]
-    return {name: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 # %% ../nbs/12_trace.ipynb #64cdec03
 def _check_trace(function, shapes, device_wires, graph, raw, measurements):
