@@ -6,11 +6,13 @@
 __all__ = ['Plan', 'HessianOperator', 'GGNOperator', 'FisherOperator']
 
 # %% ../nbs/30_hvp.ipynb #23013286
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from traceback import clear_frames
 
 import numpy as np
 import torch
@@ -121,6 +123,7 @@ def _reverse_hessian(objective, leaves, x, y, rows, out):
         for j, (row, total) in enumerate(zip(rows, out, strict=True) if pairs else ()):
             views = _views(row.contiguous(), leaves)
             _accumulate([end for _, end in pairs], [views[i] for i, _ in pairs], leaves, _views(total, leaves), j < len(rows) - 1)
+            del views  # Before the next row is copied
     return value
 
 
@@ -140,6 +143,7 @@ def _reverse_outer(zs, curve, leaves, rows, out):
     for j, (row, total) in enumerate(zip(rows, out, strict=True)):
         views = _views(row.contiguous(), leaves)
         pushed = torch.autograd.grad([pulled[i] for i in used], us, [views[i] for i in used], retain_graph=True)
+        del views  # Before the next row is copied
         _accumulate(zs, curve(pushed), leaves, _views(total, leaves), j < len(rows) - 1)
 
 
@@ -409,29 +413,52 @@ class _OverLimit(Exception):
 
 
 class _Ceiling(TorchDispatchMode):
-    "Stop a block before its tensors pass a limit, as far as the operations so far tell, and else as soon as they do"
+    "Stop a block before an operation that would pass a limit: with what it returns, and what it needed on the way when last seen"
 
     def __init__(self, counted, limit_bytes):
         super().__init__()
-        self.counted, self.limit_bytes, self.largest = counted, limit_bytes, 0
+        self.counted, self.limit_bytes, self.seen = counted, limit_bytes, {}
 
     @classmethod
     def _should_skip_dynamo(cls): return False
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        before = self.counted.alive_bytes
-        if before + self.largest > self.limit_bytes and not (operation._schema.is_mutable or operation.is_view):
-            sizes = [t.numel() * t.itemsize for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            if before + min(self.largest, max(sizes, default=0)) > self.limit_bytes: raise _OverLimit
+        before, (inside_bytes, then_bytes) = self.counted.alive_bytes, self.seen.get(operation, (0, 1))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        n_bytes = sum(t.numel() * t.itemsize for t in tensors)
+        inside_bytes = inside_bytes * max(n_bytes, then_bytes) // then_bytes
+        if before + inside_bytes + _returned_bytes(operation, args, tensors) > self.limit_bytes: raise _OverLimit
         result = operation(*args, **(kwargs or {}))
         if self.counted.peak_bytes > self.limit_bytes: raise _OverLimit
-        self.largest = max(self.largest, self.counted.operation_peaks[-1] - before)
+        if n_bytes >= then_bytes: self.seen[operation] = self.counted.operation_peaks[-1] - self.counted.alive_bytes, n_bytes
         return result
+
+
+def _returned_bytes(operation, args, tensors):
+    "What an operation will return, told from shapes: as many rows and columns as a product has, rows of a table, maps; else its arguments broadcast"
+    if operation.is_view or operation._schema.is_mutable: return 0
+    if not tensors: return 4 * math.prod(args[0]) if args and isinstance(args[0], list | tuple) else 0
+    kind, item_bytes, shapes = operation._overloadpacket, max(t.itemsize for t in tensors), [t.shape for t in tensors]
+    if kind in _PRODUCTS: return item_bytes * tensors[-2].shape[:-1].numel() * shapes[-1][-1]
+    if kind in _TABLES: return tensors[0].itemsize * max(t.numel() for t in tensors[1:]) * shapes[0][1:].numel()
+    if kind is torch.ops.aten.convolution: return item_bytes * shapes[0][0] * max(shapes[1][:2]) * shapes[0][2:].numel()
+    try: return item_bytes * torch.broadcast_shapes(*shapes).numel()
+    except RuntimeError: return sum(t.numel() * t.itemsize for t in tensors)
+
+
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+_TABLES = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 
 
 def _capped(step, limit_bytes):
     "(result, peak bytes) of a step that is stopped if it passes the limit"
-    with count_tensor_bytes() as counted, _Ceiling(counted, limit_bytes): result = step()
+    with torch.enable_grad(): early = torch.zeros((), requires_grad=True) * 1
+    try:
+        with count_tensor_bytes() as counted, _Ceiling(counted, limit_bytes): result = step()
+    except _OverLimit as stopped:
+        early.backward()  # torch keeps what a stopped backward pass was about to do, tensors included, until it passes by again
+        clear_frames(stopped.__traceback__)
+        raise
     return result, counted.peak_bytes
 
 

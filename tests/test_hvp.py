@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
+from gausssafe import hvp
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.hvp import FisherOperator, GGNOperator, HessianOperator
 from gausssafe.memory import count_tensor_bytes
@@ -85,8 +86,8 @@ def gpt_and_tokens(n=12):
     return model, ids[:, :-1], ids[:, 1:]
 
 
-@pytest.mark.parametrize("above, k", [(20_000_000, 3), (3_000_000, 1), (600_000, 1), *(pytest.param(above, k, marks=pytest.mark.slow) for above, k in
-                                      [(20_000_000, 1), (3_000_000, 3), (1_300_000, 1), (1_300_000, 3), (600_000, 3)])])
+@pytest.mark.parametrize("above, k", [(20_000_000, 3), (1_300_000, 1), (600_000, 1), *(pytest.param(above, k, marks=pytest.mark.slow) for above, k in
+                                      [(20_000_000, 1), (3_000_000, 1), (3_000_000, 3), (1_300_000, 3), (600_000, 3)])])
 def test_limit_holds_and_is_predicted(above, k):
     "Everything from the probes to the last chunk, v counted; fresh model each time"
     model, x, y = gpt_and_tokens()
@@ -100,6 +101,25 @@ def test_limit_holds_and_is_predicted(above, k):
     exact = reference.double_backward(model, cases.lm_loss, x, y, v.reshape(operator.shape[0], -1)[:, 0])
     assert relative_error(product.reshape(operator.shape[0], -1)[:, 0], exact) < 1e-5
     if above == 600_000: assert plan.engine == "segments"
+
+
+@pytest.mark.parametrize("name, k, limit", [("group norm cnn", 1, 21_928), ("batch norm cnn", 2, 42_361), ("layer norm mlp", 2, 3_349)])
+def test_a_probe_stops_before_the_limit(name, k, limit):
+    "Not after the operation that passed it, and what it was about to do is let go"
+    model, loss_fn, x, y = cases.curvature_case(name)
+    operator = HessianOperator(model, loss_fn, list(model.parameters()), [(x, y)], memory_limit=limit)
+    v = torch.randn(operator.shape[0], k)
+    with count_tensor_bytes() as counted: operator @ v
+    assert counted.peak_bytes + v.numel() * 4 <= limit
+
+
+def test_a_stopped_backward_pass_keeps_nothing():
+    "torch holds the tensors of a backward pass that an error stopped until the next one: a planner that stops probes cannot wait for that"
+    model, x, y = gpt_and_tokens(2)
+    operator = HessianOperator(model, cases.lm_loss, list(model.parameters()), [(x, y)])
+    step = operator._step("reverse", x, y, *(torch.zeros(1, operator.shape[0]) for _ in range(2)))
+    with count_tensor_bytes() as counted, pytest.raises(hvp._OverLimit), hvp._differentiable(): hvp._capped(lambda: step(0, 2), 1_274_000)
+    assert counted.peak_bytes > 1_000_000 > 10_000 > counted.alive_bytes
 
 
 def test_columns_that_are_not_contiguous():
