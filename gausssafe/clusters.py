@@ -34,12 +34,15 @@ def normal_scores(
 # %% ../nbs/37_clusters.ipynb #ac8d36b9
 def _map(X, n_neighbors, seed):
     "UMAP in the plane (McInnes et al. 2018)"
-    n_threads = torch.get_num_threads()
+    n_threads, k = torch.get_num_threads(), min(n_neighbors, len(X) - 1)
     import umap
+    from sklearn.neighbors import NearestNeighbors
+    distances, neighbors = NearestNeighbors(n_neighbors=k).fit(X).kneighbors(X)  # UMAP would compile a search of its own for five seconds
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            return umap.UMAP(n_neighbors=min(n_neighbors, len(X) - 1), random_state=seed, n_jobs=1).fit_transform(X)
+            return umap.UMAP(n_neighbors=k, random_state=seed, n_jobs=1, precomputed_knn=(neighbors, distances.astype(np.float32), None),
+                force_approximation_algorithm=True).fit_transform(X)
     finally: torch.set_num_threads(n_threads)  # Numba sets them for the whole process
 
 

@@ -228,12 +228,11 @@ def measure_features(
     if not info.converged:
         warnings.warn(f"the top eigenvectors have residuals up to {float((info.residuals / eigenvalues.abs()).max()):.1g} of their eigenvalues "
                       f"after {info.n_products} products", RuntimeWarning, stacklevel=2)
-    vector_bytes = H.shape[0] * H.dtype.itemsize
-    peaks = [info.basis_bytes + (len(eigenvalues) + 1) * vector_bytes + H.plan.peak_bytes]
+    weights_bytes = weights.nbytes
     parts = [eigenspace_features(units, weights, eigenvectors)]
     del eigenvectors, weights
-    parts.append(trace_features(units, diagonal(H, n_products, seed=seed)))
-    peaks.append((n_products // 3 + 3) * vector_bytes + H.plan.peak_bytes)
+    entries = diagonal(H, n_products, seed=seed)
+    parts.append(trace_features(units, entries))
     parts.append(fisher_features(model, list(params.values()), members, nonmembers, units))
     table = pd.concat([table, *parts], axis=1)
     variances = {name: float(p.detach().var(correction=0)) for name, p in params.items()}
@@ -242,7 +241,7 @@ def measure_features(
     table["sparsity"] = input_sparsity(model, params, nonmembers, units, threshold=threshold)
     table["outlier"] = outliers(units, params)
     table.attrs = {"eigenvalues": eigenvalues.tolist(), "n_products": info.n_products + n_products, "eigenpairs_converged": info.converged,
-                   "peak_bytes": max(peaks)}
+                   "peak_bytes": max(weights_bytes + info.peak_bytes, entries.peak_bytes)}
     if n_bad := int((~np.isfinite(table[["enrichment", "trace", "contrast"]])).to_numpy().sum()):
         raise NotFinite(what="features of units", n_bad=n_bad, n_total=3 * len(table))
     return table

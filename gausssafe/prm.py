@@ -142,7 +142,7 @@ class _Setup:
     def _beside(self, matrix, n_vectors, n_columns):
         with matrix.reserve(n_vectors):
             plan = self.H.plan_for(matrix.columns(n_columns))
-            return n_vectors * matrix.vector_bytes + plan.predicted_bytes
+            return matrix.limit_bytes - matrix.budget.left_bytes + plan.predicted_bytes
 
     def _noise_bytes(self):
         "Of a perturbation: weights as they were, normal numbers, noise and mask"

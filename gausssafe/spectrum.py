@@ -32,7 +32,7 @@ class _Matrix:
         shape = tuple(getattr(A, "shape", ()))
         if len(shape) != 2 or shape[0] != shape[1] or not hasattr(A, "__matmul__"):
             raise InvalidInput(f"a symmetric operator has @ and .shape (d, d), and this {type(A).__name__} has shape {shape}")
-        self.A, self.d, self.n_products = A, shape[0], 0
+        self.A, self.d, self.n_products, self.peak_bytes = A, shape[0], 0, None
         given = getattr(A, "dtype", None)
         self.is_torch = isinstance(given, torch.dtype)
         real = given.is_floating_point if self.is_torch else np.dtype(given).kind in "fiub"
@@ -49,6 +49,7 @@ class _Matrix:
         "A @ V, checked"
         self.n_products += 1 if V.ndim == 1 else V.shape[1]
         product = self.A @ V if self.is_torch else torch.from_numpy(np.asarray(self.A @ V.numpy())).to(self.dtype)
+        if self.plans: self.peak_bytes = max(self.peak_bytes or 0, self.budget.limit_bytes - self.budget.left_bytes + self.A.plan.peak_bytes)
         if not product.sum().isfinite() and (n_bad := int((~product.isfinite()).sum())):
             raise NotFinite(what="a product", n_bad=n_bad, n_total=product.numel())
         return product
@@ -183,6 +184,7 @@ class EigenInfo:
     n_restarts: int
     basis_size: int  # Vectors of the basis at most
     basis_bytes: int
+    peak_bytes: int | None  # Of vectors held and the product beside them; None for an operator that does not count its own
 
 # %% ../nbs/31_spectrum.ipynb #9ab94b9e
 _SIDES = {"LA": lambda values, k: values.argsort(descending=True)[:k], "SA": lambda values, k: values.argsort()[:k],
@@ -268,7 +270,8 @@ def top_eigenpairs(
         values, vectors = lanczos.ritz()
         _rotate(lanczos.basis, vectors[:, chosen])
         pairs = values[chosen].to(matrix.dtype), lanczos.basis[:k].clone().T
-    return *pairs, EigenInfo(errors, done, matrix.n_products, lanczos.n_restarts, size, size * matrix.vector_bytes)
+    return *pairs, EigenInfo(errors, done, matrix.n_products, lanczos.n_restarts, size, size * matrix.vector_bytes,
+        matrix.peak_bytes)
 
 
 def _check_search(k, d, tol, max_products, basis_size):
@@ -301,6 +304,8 @@ class Estimate:
     stderr: float | torch.Tensor
     n_products: int
     method: str  # "exact", "xtrace", "hutch++", "hutchinson", "deflated"
+    peak_bytes: int | None = None  # Of vectors held and the product beside them; None where that is not counted
+
     def __float__(self): return float(self.value)
     def __str__(self):
         x, how = self.value, f"({self.method}, {self.n_products} products)"
@@ -375,7 +380,7 @@ def trace(
         if n_basis == n_products // 2: samples, method = _xtrace(matrix, basis, R, H, seed), "xtrace"
         else: samples, method = float(H.trace()) + _remainder(matrix, basis, n_products - 2 * n_basis, seed,
             bar), "hutch++" if n_basis else "hutchinson"
-    return Estimate(float(samples.mean()), float(samples.std()) / math.sqrt(len(samples)), matrix.n_products, method)
+    return Estimate(float(samples.mean()), float(samples.std()) / math.sqrt(len(samples)), matrix.n_products, method, matrix.peak_bytes)
 
 
 def _exact_trace(matrix):
@@ -385,7 +390,7 @@ def _exact_trace(matrix):
         for j, i in enumerate(group): columns[i, j] = 1
         total += float(matrix.times(columns)[group.start:group.stop].diagonal().sum())
         del columns
-    return Estimate(total, 0.0, matrix.n_products, "exact")
+    return Estimate(total, 0.0, matrix.n_products, "exact", matrix.peak_bytes)
 
 
 def _xtrace(matrix, basis, R, H, seed):
@@ -450,7 +455,7 @@ def diagonal(
             bar.update(len(group))
     mean = total.div_(n_probes)
     spread = squares.div_(n_probes).addcmul_(mean, mean, value=-1).clamp_min_(0).div_(n_probes - 1).sqrt_()
-    return Estimate(known.add_(mean), spread, matrix.n_products, "deflated" if n_basis else "hutchinson")
+    return Estimate(known.add_(mean), spread, matrix.n_products, "deflated" if n_basis else "hutchinson", matrix.peak_bytes)
 
 
 def _exact_diagonal(matrix):
@@ -461,7 +466,7 @@ def _exact_diagonal(matrix):
             for j, i in enumerate(group): columns[i, j] = 1
             value[group.start:group.stop] = matrix.times(columns)[group.start:group.stop].diagonal()
             del columns
-        return Estimate(value, torch.zeros_like(value), matrix.n_products, "exact")
+        return Estimate(value, torch.zeros_like(value), matrix.n_products, "exact", matrix.peak_bytes)
 
 # %% ../nbs/31_spectrum.ipynb #84772aa1
 @dataclass(frozen=True)

@@ -107,6 +107,6 @@ def test_process_bytes_stay_within_the_limit():
 @pytest.mark.parametrize("limit", [1, 5, 20, 100, 500])
 def test_process_bytes_of_a_wide_grid(engine, limit):
     sizes = [(n, depth, batch) for n in (4, 10, 14, 16, 18, 20) for depth in (1, 12) for batch in (16, 256, 4096, 65536)]
-    work = {"statevector": 2**26, "probs": 2**25, "tangled": 2**25}.get(engine, 2**31)  # Amplitudes times layers that a test has time for
+    work = {"statevector": 2**26, "probs": 2**25, "tangled": 2**25, "auto": 2**31 if limit >= 100 else 2**26}.get(engine, 2**31)  # That there is time for
     cases = [(engine, n, d, limit, b, s) for n, d, b in sizes for s in (0, 20) if 2**n * d * b <= work and not (s and engine == "tangled")]
     assert list(check(cases))

@@ -99,7 +99,7 @@ def test_the_limit_is_kept_and_predicted(trained, limit):
     estimate = estimate_prm(trained, *sides, config)
     with count_tensor_bytes() as counted: report = run_prm(trained, *sides, config, tell=quiet)
     limit_bytes = int(limit[0]) * 10**6
-    assert report.peak_bytes <= limit_bytes and counted.peak_bytes <= limit_bytes and estimate.limit_bytes == limit_bytes
+    assert counted.peak_bytes <= report.peak_bytes <= min(limit_bytes, 1.15 * counted.peak_bytes) and estimate.limit_bytes == limit_bytes
     assert estimate.predicted_bytes <= limit_bytes and 0.6 < report.peak_bytes / estimate.predicted_bytes < 1.1
 
 
