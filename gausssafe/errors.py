@@ -124,7 +124,7 @@ def unknown_name(
     names,  # Those there are
 ) -> InvalidInput:  # To be raised
     "A refusal that names the nearest valid name, or all of them"
-    near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), list(names), n=1)
     return InvalidInput(f"there is no {what} {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"))
 
 # %% ../nbs/01_errors.ipynb #aec018f1

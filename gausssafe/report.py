@@ -95,9 +95,10 @@ img{max-width:100%}.big{font-size:1.3rem}td.e{max-width:28rem;overflow-wrap:anyw
 <img alt="peaks and seconds of all runs" src="data:image/png;base64,{{ figure }}">
 {% if varied %}<h2>Runs of one configuration</h2><p>cv: standard deviation over mean.</p>{{ table(varied) }}{% endif %}
 <h2>Every run</h2><table>
-<tr><th>experiment{% for name in names %}<th>{{ name }}{% endfor %}<th>status<th>tries<th>seconds<th>peak<th>joules<th>error<th></tr>
+<tr><th>experiment{% for name in names %}<th>{{ name }}{% endfor %}<th>status<th>tries<th>seconds<th>peak{% if counted %}<th>joules{% endif %}<th>error<th></tr>
 {% for r in runs %}<tr><td>{{ r.experiment }}{% for value in r.parameters %}<td>{{ value }}{% endfor %}<td><a href="{{ r.link }}">{{ r.status }}</a>
-<td class="n">{{ r.attempts }}<td class="n">{{ r.seconds }}<td class="n">{{ r.peak }}<td class="n">{{ r.joules }}<td class="e">{{ r.error }}
+<td class="n">{{ r.attempts }}<td class="n">{{ r.seconds }}<td class="n">{{ r.peak }}{% if counted %}<td class="n">{{ r.joules }}{% endif %}
+<td class="e">{{ r.error }}
 <td>{% if r.image %}<img alt="" src="data:image/png;base64,{{ r.image }}">{% endif %}</tr>{% endfor %}</table></html>
 """
 _TABLE = """{% macro table(rows) %}<table><tr>{% for name in rows[0] %}<th>{{ name }}{% endfor %}</tr>
@@ -116,7 +117,8 @@ def write_report(
     page = jinja2.Environment(autoescape=True).from_string(_TABLE + _PAGE)
     varied = variability(table).dropna(axis=1, how="all").round(4).to_dict("records")  # Joules only where some were counted
     text = page.render(title=f"Batch {folder.name}", when=_when(table), verdict=_verdict(table), causes=_causes(table), figure=_png(_figure(table)),
-                       varied=varied, names=_own_names(table), runs=_runs(folder, table, texts))
+                       varied=varied, names=_own_names(table), runs=_runs(folder, table, texts),
+                       counted=table["run_joules"].notna().any())
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder / "report.html"
 
