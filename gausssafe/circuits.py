@@ -117,7 +117,7 @@ def _like(tensors, device): return [t if t.device == device else t.to(device) fo
 # %% ../nbs/22_circuits.ipynb #2e5f9711
 class ExecutionPlan:
     "A compiled circuit: call it with tensors, ask it what it needs, read how it works"
-    _splits, _room = True, 1.0  # A batch may be computed in parts; the share of the limit that a pass may take
+    _room = 1.0  # The share of the limit that a pass may take
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         self.circuit, self.limit_bytes, self._engine = circuit, limit_bytes, choose_engine(circuit, engine, limit_bytes)
@@ -131,7 +131,7 @@ class ExecutionPlan:
         self._domains = _domains(circuit)
         self._limits = _limits(circuit, self._domains, True), _limits(circuit, self._domains, False)
         self._bound = self._engine.bind(tables, self._limits)
-        self._bounds_graph = self._splits and circuit.tangled is not None and limit_bytes is not None and True in self._sampled
+        self._bounds_parts = limit_bytes is not None and sum(self._batched.values()) > (circuit.tangled is None)
         self.n_results, self._layouts, self._read_again = self._engine.read.rows[-1][1], {}, 0.0
 
     @property
@@ -139,7 +139,7 @@ class ExecutionPlan:
         return self._engine.name
 
     @cached_property
-    def _tangled_bytes(self): return _graph_bytes(self) // 4 if self._bounds_graph else 0
+    def _beside_bytes(self): return _bytes_beside(self) // 4 if self._bounds_parts else 0
 
     @cached_property
     def _tensor_engine(self): return shared_engine(TensorState, rotations_of(self.circuit), self.circuit.per_slot_sample)
@@ -160,8 +160,10 @@ class ExecutionPlan:
 
     def __call__(self, **arguments: torch.Tensor) -> torch.Tensor:  # (batch, n_results)
         "Run the circuit on a batch; differentiable in every argument"
-        if self._bounds_graph and (size := _tangled_size(self, arguments)):
-            return _applied(_InParts, self, size, *(arguments[name] for name in self._batched))
+        if size := _part_size(self, arguments): return _applied(_InParts, self, size, None, *_given(self, arguments))[0]
+        return self._whole(arguments)
+
+    def _whole(self, arguments):
         tensors, device = self._prepared(arguments)
         if device.type != "cpu" and isinstance(self._engine, StateVector): return _on_device(self, _like(tensors, device))
         return _like([_applied(_Evaluate, self, *_like(tensors, _CPU))], device)[0]
@@ -178,9 +180,15 @@ class ExecutionPlan:
     def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> int:
         "Logical bytes beyond inputs and outputs of a forward and backward pass, without running it"
         if type(batch) is not int or batch < 1: raise InvalidInput(f"batch is a number of samples, at least 1, not {batch!r}.")
-        if self._bounds_graph: batch = min(batch, _most_tangled(self, dtype.itemsize))
+        batch = _part_of(self, batch, dtype.itemsize)
         piece, tile, keep = _layout(self, batch, dtype.itemsize, True)
-        return self._engine.bytes(piece, dtype.itemsize, tile, keep) + batch * self._tangled_bytes * dtype.itemsize
+        return self._engine.bytes(piece, dtype.itemsize, tile, keep) + batch * self._beside_bytes * dtype.itemsize
+
+    def _in_parts(self, parts, batch, like, _):
+        "(results, None) of a batch that comes in parts"
+        results = like.new_empty(batch, self.n_results)
+        for first, part in parts: results[first:first + len(part[next(iter(self.circuit.per_sample))])] = self._whole(part)
+        return results, None
 
     def explain(self) -> str:
         "How the plan works, in a few lines"
@@ -253,59 +261,72 @@ def _split(plan, of_shared, of_samples, tensors, needed):
 _COUNTED = 64
 
 
-def _graph_bytes(plan):
-    "Bytes a sample, in float32: tangled angles, all angles side by side, and the slopes of both, which are copied apart again"
+def _bytes_beside(plan):
+    "Bytes a sample, in float32, beside the engine: tangled angles, all angles side by side, and the slopes of both, which are copied apart again"
+    entries = max(rows.stop for rows, sampled in zip(plan._rows, plan._sampled, strict=True) if sampled)
+    if plan.circuit.tangled is None: return 16 * entries
     lead = {True: (_COUNTED,), False: ()}
     given = [torch.zeros(*lead[batched], *plan.circuit.shapes[name]).requires_grad_() for name, batched in plan._batched.items()]
     with count_tensor_bytes() as forth: angles = [value.sum() for value in _tangle(plan, given) if value.requires_grad]
     with count_tensor_bytes() as back: angles and torch.autograd.grad(sum(angles), given, allow_unused=True)
-    entries = max(rows.stop for rows, sampled in zip(plan._rows, plan._sampled, strict=True) if sampled)
     return -(-(forth.peak_bytes + back.peak_bytes) // _COUNTED) + 16 * entries
 
 
-def _most_tangled(plan, itemsize):
-    "Samples whose graph takes a quarter of the limit"
-    return max(1, plan.limit_bytes // (4 * plan._tangled_bytes * itemsize))
+def _part_of(plan, batch, itemsize):
+    "Samples of a part: all, or as many as take a quarter of the limit beside the engine, in equal shares, so that each takes the place of the last"
+    if not plan._bounds_parts: return batch
+    most = max(1, plan.limit_bytes // (4 * plan._beside_bytes * itemsize))
+    return -(-batch // -(-batch // most))
 
 
-def _tangled_size(plan, arguments):
+def _part_size(plan, arguments):
     "Samples of a part, 0 where a batch need not be parted"
+    if not plan._bounds_parts: return 0
     _check(plan, arguments)
     samples = [arguments[name] for name, batched in plan._batched.items() if batched]
-    most, batch = _most_tangled(plan, samples[0].dtype.itemsize), _common(samples)
-    return -(-batch // -(-batch // most)) if most < batch else 0  # Equal shares, so that each takes the place of the one before
+    size = _part_of(plan, batch := _common(samples), samples[0].dtype.itemsize)
+    return size if size < batch else 0
+
+
+def _given(plan, arguments):
+    "The arguments, and the tensors of the circuit's closure that want a gradient"
+    graph = plan.circuit.tangled
+    held = () if graph is None else (*graph.parameters(), *graph.buffers())
+    return *(arguments[name] for name in plan._batched), *(tensor for tensor in held if tensor.requires_grad)
 
 
 class _InParts(torch.autograd.Function):
     "A plan over parts of a batch, of which nothing is kept"
 
     @staticmethod
-    def forward(ctx, plan, size, *tensors):
+    def forward(ctx, plan, size, seed, *tensors):
         ctx.plan, ctx.size = plan, size
         ctx.save_for_backward(*tensors)
-        batch = next(len(tensor) for tensor, batched in zip(tensors, plan._batched.values(), strict=True) if batched)
-        results = tensors[0].new_empty(batch, plan.n_results)
-        for first in range(0, batch, size): results[first:first + size] = plan(**_part(plan, tensors, first, size))
-        return results
+        like = next(tensor for tensor, batched in zip(tensors, plan._batched.values(), strict=False) if batched)
+        parts = ((first, _part(plan, tensors, first, size)) for first in range(0, len(like), size))
+        try: return plan._in_parts(parts, len(like), like, seed)
+        except (InvalidInput, NotFinite): _complain(plan, tensors)  # Of the whole batch
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         if torch.is_grad_enabled(): raise RuntimeError(NO_SECOND)
-        slopes = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)]
+        given = ctx.saved_tensors
+        slopes = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(given, ctx.needs_input_grad[3:], strict=True)]
+        outer = [pair for pair in list(zip(given, slopes, strict=True))[len(ctx.plan._batched):] if pair[1] is not None]
         for first in range(0, len(grad), ctx.size):
-            part, views = (_part(ctx.plan, tensors, first, ctx.size) for tensors in (ctx.saved_tensors, slopes))
-            wanted = [part[name].requires_grad_() for name, view in views.items() if view is not None]
-            with torch.enable_grad(): result = ctx.plan(**part)
-            found = torch.autograd.grad(result, wanted, grad[first:first + ctx.size], materialize_grads=True)
-            for view, slope in zip((view for view in views.values() if view is not None), found, strict=True): view.add_(slope)
+            part, views = (_part(ctx.plan, tensors, first, ctx.size) for tensors in (given, slopes))
+            wanted = [(part[name].requires_grad_(), view) for name, view in views.items() if view is not None] + outer
+            with torch.enable_grad(): result = ctx.plan._whole(part)
+            found = torch.autograd.grad(result, [tensor for tensor, _ in wanted], grad[first:first + ctx.size], materialize_grads=True)
+            for (_, view), slope in zip(wanted, found, strict=True): view.add_(slope)
             del result, found, wanted, part  # Whose workspace the next part takes
-        return None, None, *slopes
+        return None, None, None, *slopes
 
 
 def _part(plan, tensors, first, size):
     "The arguments of some samples"
     return {name: tensor if tensor is None else tensor.detach()[first:first + size] if batched else tensor.detach()
-            for (name, batched), tensor in zip(plan._batched.items(), tensors, strict=True)}
+            for (name, batched), tensor in zip(plan._batched.items(), tensors, strict=False)}
 
 # %% ../nbs/22_circuits.ipynb #97d6b3a0
 def _layout(plan, batch, itemsize, needs_grad, engine=None, device=_CPU):
@@ -314,7 +335,7 @@ def _layout(plan, batch, itemsize, needs_grad, engine=None, device=_CPU):
     key = batch, itemsize, needs_grad, device
     if key not in plan._layouts:
         limit = _left(plan.limit_bytes, device)
-        if engine is None: limit = int(plan._room * limit) - batch * plan._tangled_bytes * itemsize
+        if engine is None: limit = int(plan._room * limit) - batch * plan._beside_bytes * itemsize
         piece = batch if engine else _piece(plan._engine, limit, batch, itemsize)
         plan._layouts[key] = _new_layout(engine or plan._engine, plan.circuit.n_wires, limit, batch, piece, itemsize, needs_grad)
     return plan._layouts[key]
@@ -441,7 +462,8 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, seed, *tensors):
         arrays = _entries(plan, [t.detach().numpy() for t in tensors])
-        try: results = _draw(plan, *arrays, seed, any(ctx.needs_input_grad))
+        results = plan._undrawn(arrays[0].shape[1], tensors[0])
+        try: _draw(plan, *arrays, seed, any(ctx.needs_input_grad), results, 0)
         except _Unfit: _complain(plan, tensors)
         ctx.plan, ctx.saved = plan, results.saved
         ctx.save_for_backward(*tensors)
@@ -480,7 +502,7 @@ def _columns(measurements):
 
 class ShotPlan(ExecutionPlan):
     "A compiled circuit with a finite number of shots: what it returns is drawn, its gradient is exact"
-    _splits, _room = False, 0.875  # The rest is for what the heap keeps of the draws' workspaces
+    _room = 0.875  # The rest is for what the heap keeps of the draws' workspaces
 
     def __init__(self, circuit: Circuit, limit_bytes: int | None, engine: str):
         super().__init__(_exact(circuit), limit_bytes, engine)
@@ -513,13 +535,27 @@ class ShotPlan(ExecutionPlan):
         return self._told(*self._drawn(seed, generator, arguments))
 
     def _drawn(self, seed, generator, arguments):
+        seed = call_seed(seed, generator)
+        if size := _part_size(self, arguments): return _applied(_InParts, self, size, seed, *_given(self, arguments))
         tensors, device = self._prepared(arguments)
-        numbers, results = _applied(_Straight, self, call_seed(seed, generator), *_like(tensors, _CPU))
+        numbers, results = _applied(_Straight, self, seed, *_like(tensors, _CPU))
         return _like([numbers], device)[0], results
+
+    def _undrawn(self, batch, like): return _Results(self._columns, self._constants, batch, np.dtype(str(like.dtype).split(".")[1]))
+
+    def _in_parts(self, parts, batch, like, seed):
+        "(numbers, all that was drawn) of a batch that comes in parts"
+        results = self._undrawn(batch, like)
+        for first, part in parts:
+            tensors, _ = self._prepared(part)
+            try: _draw(self, *_entries(self, [t.numpy() for t in _like(tensors, _CPU)]), seed, False, results, first)
+            except _Unfit: _complain(self, tensors)
+        return torch.from_numpy(results.numbers).T.to(like.device), results
 
     def estimate_bytes(self, batch: int, *, dtype: torch.dtype = torch.float32) -> int:
         "Logical bytes beyond inputs and outputs of a forward and backward pass, without running it"
-        drawn = [_draw_bytes(self, number, batch, dtype.itemsize) for number in range(len(self._draws))]
+        part = _part_of(self, batch, dtype.itemsize)
+        drawn = [_draw_bytes(self, number, part, dtype.itemsize) + part * self._beside_bytes * dtype.itemsize for number in range(len(self._draws))]
         return max([super().estimate_bytes(batch, dtype=dtype), *drawn])
 
     def explain(self) -> str:
@@ -539,12 +575,11 @@ class _Unfit(Exception):
     "An engine met a number that cannot be"
 
 
-def _draw(plan, values, numbers, seed, needs_grad):
-    "All draws, chunk by chunk"
+def _draw(plan, values, numbers, seed, needs_grad, results, start):
+    "All draws, chunk by chunk, of samples that begin at `start` of the whole batch"
     batch, itemsize = values.shape[1], values.dtype.itemsize
     if needs_grad: _layout(plan, batch, itemsize, True)  # The way back must fit too
     chunks = [_chunk(plan, number, batch, itemsize) for number in range(len(plan._draws))]
-    results = _Results(plan._columns, plan._constants, batch, values.dtype)
     for number, (draw, (chunk, limit)) in enumerate(zip(plan._draws, chunks, strict=True)):
         for first in range(0, batch, chunk):
             part = values[:, first:first + chunk]
@@ -554,10 +589,9 @@ def _draw(plan, values, numbers, seed, needs_grad):
             channels, saved = draw.engine.run(draw.bound, part, numbers, tile, keep)
             if not saved.fine: raise _Unfit
             if once: results.saved = saved
-            draw.read(channels, saved, plan.shots, int(stream(seed, number)), first, results)
+            draw.read(channels, saved, plan.shots, int(stream(seed, number)), start + first, results)
             del channels, saved
         _tidy(plan, draw.engine, batch, itemsize)
-    return results
 
 
 def _exact_slopes(plan, tensors, grad, samples_too):
@@ -590,7 +624,7 @@ def _chunk(plan, number, batch, itemsize):
 
 
 def _new_chunk(self, draw, batch, itemsize):
-    limit, chunk = read_limit(self.limit_bytes), max(1, batch)
+    limit, chunk = read_limit(self.limit_bytes) - batch * self._beside_bytes * itemsize, max(1, batch)
     while True:
         tile, needed = draw.layout(chunk, itemsize, limit, self.shots)
         if tile and needed <= limit: return chunk, limit

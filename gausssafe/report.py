@@ -95,7 +95,8 @@ img{max-width:100%}.big{font-size:1.3rem}td.e{max-width:28rem;overflow-wrap:anyw
 <img alt="peaks and seconds of all runs" src="data:image/png;base64,{{ figure }}">
 {% if varied %}<h2>Runs of one configuration</h2><p>cv: standard deviation over mean.</p>{{ table(varied) }}{% endif %}
 <h2>Every run</h2><table>
-<tr><th>experiment{% for name in names %}<th>{{ name }}{% endfor %}<th>status<th>tries<th>seconds<th>peak{% if counted %}<th>joules{% endif %}<th>error<th></tr>
+<tr><th>experiment{% for name in names %}<th>{{ name }}{% endfor %}<th>status<th>tries<th>seconds<th>peak
+{% if counted %}<th>joules{% endif %}<th>error<th></tr>
 {% for r in runs %}<tr><td>{{ r.experiment }}{% for value in r.parameters %}<td>{{ value }}{% endfor %}<td><a href="{{ r.link }}">{{ r.status }}</a>
 <td class="n">{{ r.attempts }}<td class="n">{{ r.seconds }}<td class="n">{{ r.peak }}{% if counted %}<td class="n">{{ r.joules }}{% endif %}
 <td class="e">{{ r.error }}

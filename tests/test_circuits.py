@@ -482,13 +482,15 @@ def test_a_batch_whose_angles_fill_the_limit_goes_through_in_pieces(batch):
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) and (ours[2] - theirs[2]).norm() < 1e-5 * theirs[2].norm()
 
 
-def test_a_batch_whose_graph_fills_the_limit_is_computed_in_parts():
-    def circuit(inputs, w):
-        for q in range(3): qml.RX(inputs[q] * w[q] + torch.sin(inputs[q]), q)
-        qml.CNOT([0, 1])
-        qml.RY(w[0], 1)
-        return [qml.expval(qml.Z(i)) for i in range(3)]
+def three_tangled(inputs, w):
+    for q in range(3): qml.RX(inputs[q] * w[q] + torch.sin(inputs[q]), q)
+    qml.CNOT([0, 1])
+    qml.RY(w[0], 1)
+    return [qml.expval(qml.Z(i)) for i in range(3)]
 
+
+def test_a_batch_whose_graph_fills_the_limit_is_computed_in_parts():
+    circuit = three_tangled
     plans = [compile_circuit(circuit, {"inputs": (3,), "w": (3,)}, memory_limit=limit) for limit in ("100kB", None)]
     x, w = torch.rand(5_001, 3, requires_grad=True), torch.rand(3, requires_grad=True)
     assert plans[0].estimate_bytes(5_001) <= 100_000
@@ -497,6 +499,50 @@ def test_a_batch_whose_graph_fills_the_limit_is_computed_in_parts():
     (alone,) = torch.autograd.grad(plans[0](inputs=x.detach(), w=w).square().sum(), w)
     assert (alone - theirs[2]).norm() < 1e-5 * theirs[2].norm()
     with pytest.raises(RuntimeError, match="second|backprop"): torch.autograd.grad(plans[0](inputs=x, w=w).sum(), w, create_graph=True)
+
+
+def test_parts_reach_the_parameters_of_the_closure():
+    s = torch.nn.Parameter(torch.tensor(0.7))
+
+    def circuit(inputs, w): return (qml.RX(inputs[0] * s, 0), qml.RY(w[0] * s, 0), qml.expval(qml.PauliZ(0)))[2]
+
+    plans = [compile_circuit(circuit, {"inputs": (1,), "w": (1,)}, memory_limit=limit) for limit in ("20kB", None)]
+    x, w = torch.rand(4_001, 1), torch.rand(1, requires_grad=True)
+    assert circuits._part_of(plans[0], 4_001, 4) < 4_001
+    ours, theirs = (torch.autograd.grad(plan(inputs=x, w=w).square().sum(), (w, s)) for plan in plans)
+    for a, b in zip(ours, theirs, strict=True): assert (a - b).abs() < 1e-5 * b.abs()
+    (alone,) = torch.autograd.grad(plans[0](inputs=x, w=w.detach()).square().sum(), s)
+    assert (alone - theirs[1]).abs() < 1e-5 * theirs[1].abs()
+
+
+def test_several_arguments_with_a_batch_are_put_side_by_side_in_parts():
+    def circuit(a, b, w):
+        for i in range(2): qml.RY(a[i], i); qml.RZ(b[i], i)
+        qml.IsingXY(w[0], [0, 1])
+        return [qml.expval(qml.X(0)), qml.expval(qml.Z(1))]
+
+    plans = [compile_circuit(circuit, {"a": (2,), "b": (2,), "w": (1,)}, per_sample=("a", "b"), memory_limit=limit) for limit in ("50kB", None)]
+    a, b, w = torch.rand(5_001, 2, requires_grad=True), torch.rand(5_001, 2), torch.rand(1, requires_grad=True)
+    ours, theirs = ((y, *torch.autograd.grad(y.square().sum(), (a, w))) for y in (plan(a=a, b=b, w=w) for plan in plans))
+    assert plans[0].estimate_bytes(5_001) <= 50_000 < plans[1].estimate_bytes(5_001)
+    for one, other in zip(ours, theirs, strict=True): assert (one - other).norm() < 1e-5 * other.norm()
+    with pytest.raises(InvalidInput, match=r"batches of different sizes: \[3, 2\]"): plans[0](a=a[:3], b=b[:2], w=w)
+
+
+@pytest.mark.parametrize("returned", ["numbers", "samples"])
+def test_shots_of_a_batch_in_parts_are_those_of_the_whole(returned):
+    def circuit(inputs, w): return (three_tangled(inputs, w), qml.sample(wires=[0, 1]))[1] if returned == "samples" else three_tangled(inputs, w)
+
+    plans = [compile_circuit(circuit, {"inputs": (3,), "w": (3,)}, shots=20, memory_limit=limit) for limit in ("100kB", None)]
+    x, w = torch.rand(2_001, 3, requires_grad=True), torch.rand(3, requires_grad=True)
+    ours, theirs = (plan(inputs=x, w=w, seed=3) for plan in plans)
+    assert circuits._part_of(plans[0], 2_001, 4) < 2_001 and plans[0].estimate_bytes(2_001) <= 100_000
+    assert torch.equal(ours, theirs)
+    if returned == "samples": return
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x, w)) for y in (ours, theirs)), strict=True): assert (a - b).norm() < 1e-5 * b.norm()
+    bad = x.detach().clone()
+    bad[2_000, 1] = math.nan
+    with pytest.raises(NotFinite, match="inputs: 1 of 6003"): plans[0](inputs=bad, w=w)
 
 
 @pytest.mark.parametrize("engine", ["heisenberg", "statevector"])
