@@ -28,7 +28,7 @@ from .files import write_whole
 from .hvp import HessianOperator
 from .language import _sequences, check_ids, lm_loss, lm_pairs, score_tokens, sequence_losses
 from .membership import check_split, require_sequences, run_attacks
-from .memory import read_limit
+from .memory import count_tensor_bytes, read_limit
 from .partition import CLASSES, count_classes, find_units, measure_features, partition
 from .response import Responses, _noise_bytes, compare_with_controls, measure_responses, n_passes, small_noise_check, summarize_responses
 from .spectrum import _Matrix
@@ -270,7 +270,7 @@ def run_prm(
     counts = count_classes(units, units["class"])
     if source == "synthetic": table, tests, units, counts = (t.assign(source=source) for t in (table, tests, units, counts))
     return PRMReport(config, source, estimate, units, counts, responses, table, tests, parts["attacks"], parts["check"],
-                     clusters, max(parts["units"].attrs["peak_bytes"], responses.peak_bytes), time.perf_counter() - started)
+                     clusters, parts["peak_bytes"], time.perf_counter() - started)
 
 # %% ../nbs/39_prm.ipynb #81c766d3
 def _measure(setup, decode, reference):
@@ -280,14 +280,16 @@ def _measure(setup, decode, reference):
     units = measure_features(model, setup.H, setup.units, members[:n], nonmembers[:n], n_eigenvectors=config.n_eigenvectors,
                              n_products=config.n_products, threshold=config.sparsity_threshold, seed=config.seed)
     units["class"] = partition(units, config.rule, share=config.share)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), count_tensor_bytes() as counted:
         warnings.filterwarnings("ignore", ".*(tells next to nothing|there more than once)", RuntimeWarning)  # As _Setup has said
-        attacks = run_attacks(model, members, nonmembers, decode=decode, reference=reference, memory_limit=config.memory_limit, seed=config.seed)
+        attacks = run_attacks(model, members, nonmembers, decode=decode, reference=reference, memory_limit=setup.limit_bytes - setup._noise_bytes(),
+                              seed=config.seed)
     responses = measure_responses(model, setup.params, setup.units, units["class"].to_numpy(), members, nonmembers, strengths=config.strengths,
                                   n_seeds=config.n_seeds, n_controls=config.n_controls, kind=config.noise, **how)
     stderr = float(0.5 * (units.noise_variance * units.trace_stderr).pow(2).sum() ** 0.5)
     check = small_noise_check(model, setup.params, setup.units, setup.curvature_rows, float(units.curvature.sum()), stderr, **how)
-    return {"units": units, "attacks": attacks.table, "responses": responses, "check": check}
+    peak_bytes = max(units.attrs["peak_bytes"], counted.peak_bytes, responses.peak_bytes)
+    return {"units": units, "attacks": attacks.table, "responses": responses, "check": check, "peak_bytes": peak_bytes}
 
 
 def _clusters(units, config):
