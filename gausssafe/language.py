@@ -160,7 +160,7 @@ def check_ids(
 
 def _pair(rows):
     "(inputs, targets) of a few sequences, filled up to the longest"
-    filled = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=_FILL).long()
+    filled = nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=_FILL)
     return filled[:, :-1].clamp_min(0), filled[:, 1:]
 
 # %% ../nbs/33_language.ipynb #a4564d5c

@@ -109,6 +109,12 @@ def test_a_training_that_is_refused_or_breaks_leaves_the_model_in_eval_mode():
         assert not model.training and all(p.grad is None for p in model.parameters())
 
 
+def test_bytes_of_any_length_are_tokens():
+    "What fills up shorter ones does not fit in uint8"
+    rows = ragged([9, 3, 5])
+    torch.testing.assert_close(sequence_losses(gpt(), [row.to(torch.uint8) for row in rows], chunk=3), sequence_losses(gpt(), rows, chunk=3))
+
+
 def test_forbidden_symbols_do_not_spoil_what_the_model_expects():
     "A vocabulary filled up with symbols at minus infinity is the vocabulary without them"
     class Bigrams(nn.Module):
