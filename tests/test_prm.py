@@ -182,6 +182,7 @@ def test_a_report_is_written_whole_or_not_at_all(report, tmp_path, monkeypatch):
 def test_the_peak_is_that_of_the_attacks_too():
     "They had the whole limit to themselves, and were not in what the report says"
     model, sides = GPT(12, context=16, width=64, n_heads=2, n_layers=1).eval(), (tokens(60)[:, :12], tokens(60, seed=1)[:, :12])
-    config = PRMConfig(**TINY | dict(block="blocks.0.up", memory_limit="1100kB", n_products=6, n_eigenvectors=1, strengths=(0.1,), n_seeds=1))
+    config = PRMConfig(**TINY | dict(block="blocks.0.up", memory_limit="1100kB", n_products=6, n_eigenvectors=1, n_curvature=4, strengths=(0.1,),
+                                     n_seeds=1))
     with count_tensor_bytes() as counted: report = run_prm(model, *sides, config, tell=quiet)
     assert counted.peak_bytes <= min(report.peak_bytes, 1_100_000)
