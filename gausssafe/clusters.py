@@ -27,8 +27,7 @@ def normal_scores(
 ) -> np.ndarray:  # The same shape; columns that are all the same become 0
     "Normal quantiles of ranks, column by column"
     from scipy.stats import norm
-    ranks = table.rank().fillna((len(table) + 1) / 2).to_numpy()
-    scores = norm.ppf((ranks - 0.5) / len(table))
+    scores = norm.ppf(((table.rank() - 0.5) / table.count()).fillna(0.5).to_numpy())
     return scores / np.maximum(scores.std(0), 1e-12) * (scores.std(0) > 1e-9)
 
 # %% ../nbs/37_clusters.ipynb #ac8d36b9
@@ -116,6 +115,7 @@ def find_clusters(
 ) -> Clusters:
     "Map the units, find clusters, and compare both with nothing"
     if len(table) < 20: raise InvalidInput(f"a map of {len(table)} units shows nothing: use smaller units, such as unit='row'")
+    if rule not in _RULES: raise InvalidInput(f"rule is {' or '.join(map(repr, _RULES))}, not {rule!r}")
     rng = np.random.default_rng(seed)
     table = table.iloc[np.sort(rng.permutation(len(table))[:max_points])]
     labels, strata = classes.loc[table.index].to_numpy(), pd.factorize(table.kind + " " + table.n_params.astype(str))[0]

@@ -160,7 +160,7 @@ def check_ids(
 
 def _pair(rows):
     "(inputs, targets) of a few sequences, filled up to the longest"
-    filled = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=_FILL).long()
+    filled = nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=_FILL)
     return filled[:, :-1].clamp_min(0), filled[:, 1:]
 
 # %% ../nbs/33_language.ipynb #a4564d5c
@@ -242,26 +242,34 @@ def train_lm(
     if epochs < 1 or batch_size < 1: raise InvalidInput(f"epochs={epochs!r} and batch_size={batch_size!r} are counts, at least 1")
     started, n_batches = time.perf_counter(), math.ceil(len(rows) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * n_batches, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=_total_steps(epochs * n_batches), pct_start=0.05)
     longest = sorted(rows, key=len)[-batch_size:]
-    _backward(model.train(), longest[:1], 1)  # So that the gradients are there before the probes
-    chunk, predicted_bytes = _largest_chunk(lambda n: _backward(model, longest[-n:], n), len(longest), len(longest[-1]), memory_limit, "training on")
-    losses, peak_bytes = [], None
-    with ProgressBar(total=epochs, desc="training", unit="epochs") as bar:
-        for _ in range(epochs):
-            order, total = torch.randperm(len(rows), generator=generator).split(batch_size), 0.0
-            for batch in order:
-                value, peak = _step(model, [rows[i] for i in batch], chunk, optimizer, count=not peak_bytes)
-                schedule.step()
-                total, peak_bytes = total + value * len(batch), peak_bytes or peak
-            losses.append(total / len(rows))
-            bar.update()
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-    optimizer.zero_grad()
-    model.eval()
+    try:
+        _backward(model.train(), longest[:1], 1)  # So that the gradients are there before the probes
+        chunk, predicted_bytes = _largest_chunk(lambda n: _backward(model, longest[-n:], n), len(longest), len(longest[-1]), memory_limit,
+                                                "training on")
+        losses, peak_bytes = [], None
+        with ProgressBar(total=epochs, desc="training", unit="epochs") as bar:
+            for _ in range(epochs):
+                order, total = torch.randperm(len(rows), generator=generator).split(batch_size), 0.0
+                for batch in order:
+                    value, peak = _step(model, [rows[i] for i in batch], chunk, optimizer, count=not peak_bytes)
+                    schedule.step()
+                    total, peak_bytes = total + value * len(batch), peak_bytes or peak
+                losses.append(total / len(rows))
+                bar.update()
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    finally:
+        optimizer.zero_grad()
+        model.eval()
     return Training(losses, chunk, predicted_bytes, peak_bytes, time.perf_counter() - started)
 
 # %% ../nbs/33_language.ipynb #9f51b244
+def _total_steps(n):
+    "Of the schedule: OneCycleLR gives a single step no rate at all, and divides by zero where 5 % are one step"
+    return max(2, n + (n == 20))
+
+
 def _step(model, rows, chunk, optimizer, count):
     "(loss, peak bytes where they are counted) of one step"
     for p in model.parameters():
@@ -277,6 +285,7 @@ def _summarize(logits, targets):
     "(log-probability, mean, standard deviation) of each token, in place"
     logits = logits.float().sub_(logits.float().logsumexp(-1, keepdim=True))
     chosen = logits.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    logits.clamp_min_(-1e30)  # Symbols that are forbidden, at minus infinity: 0 times this is 0
     weighted = logits.exp().mul_(logits)
     mean = weighted.sum(-1)
     std = weighted.mul_(logits).sum(-1).sub_(mean.square()).clamp_min_(0).sqrt_()

@@ -89,8 +89,8 @@ def find_units(
 # %% ../nbs/35_partition.ipynb #37d921fe
 def _alignment(w, V):
     "cos(w, P w), P the projection on the columns of V"
-    if V.shape[1] >= len(w): return 1.0
-    Q, _ = np.linalg.qr(V)
+    Q, sizes, _ = np.linalg.svd(V, full_matrices=False)
+    Q = Q[:, sizes > 1e-6]  # Columns are parts of unit vectors in float32: what is smaller has no direction
     return float(np.linalg.norm(Q.T @ w) / max(np.linalg.norm(w), 1e-30))
 
 
@@ -185,7 +185,7 @@ def input_sparsity(
         seen |= own
     handles = [m.register_forward_pre_hook(lambda m, inputs: _input_sparsity(m, inputs, threshold, found)) for m in first]
     try:
-        for inputs, _ in lm_pairs(sequences, 8): model(inputs.to(device))
+        for inputs, _ in lm_pairs(sequences, 1): model(inputs.to(device))  # One by one: what fills up shorter ones is no input
     finally:
         for handle in handles: handle.remove()
     return np.concatenate([_per_unit(found.get(id(p)), units.tensors.count(name)) for name, p in params.items()])
@@ -263,7 +263,7 @@ def partition(
     elif rule == "calibrated":
         if not 0 < share <= 0.5: raise InvalidInput(f"share is above 0 and at most 0.5, not {share!r}: it is taken twice")
         lead = table.contrast.rank() - (table.curvature / table.n_params).rank()
-        order, n = lead.rank(method="first"), round(share * len(table))
+        order, n = lead.rank(method="first"), min(round(share * len(table)), len(table) // 2)
         func, sens = order <= n, order > len(table) - n
     else: raise InvalidInput(f"rule is 'paper' or 'calibrated', not {rule!r}")
     return pd.Series(np.select([func, sens], CLASSES[:2], CLASSES[2]), index=table.index, name="class")

@@ -23,13 +23,14 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import nn
 
 from .clusters import Clusters, find_clusters
-from .errors import InvalidInput, invalid_field, MemoryBudgetExceeded
+from .errors import InvalidInput, invalid_field
+from .files import write_whole
 from .hvp import HessianOperator
 from .language import _sequences, check_ids, lm_loss, lm_pairs, score_tokens, sequence_losses
 from .membership import check_split, require_sequences, run_attacks
-from .memory import read_limit
+from .memory import count_tensor_bytes, read_limit
 from .partition import CLASSES, count_classes, find_units, measure_features, partition
-from .response import Responses, compare_with_controls, measure_responses, n_passes, small_noise_check, summarize_responses
+from .response import Responses, _noise_bytes, compare_with_controls, measure_responses, n_passes, small_noise_check, summarize_responses
 from .spectrum import _Matrix
 from .units import format_bytes, format_duration
 
@@ -73,6 +74,7 @@ class PRMConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @classmethod
     def _check_strengths(cls, strengths):
         if not all(math.isfinite(s) and s > 0 for s in strengths): raise ValueError("every strength is above 0, and finite")
+        if len(set(strengths)) < len(strengths): raise ValueError("every strength is there once")
         return strengths
 
     @classmethod
@@ -112,12 +114,19 @@ class PRMEstimate:
                 f"limit {format_bytes(self.limit_bytes)}; AUC to within +-{self.half_width:.3f}")
 
 # %% ../nbs/39_prm.ipynb #41d10a45
+def _check_precision(model):
+    if rough := {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}:
+        raise InvalidInput(f"the model has parameters of {', '.join(map(str, rough))}, in which small noise and curvature are lost in rounding: "
+                           "use model.float()")
+
+
 class _Setup:
     "Model, sequences and operator, checked"
 
     def __init__(self, model, members, nonmembers, config):
         self.model, self.config, self.limit_bytes = model, config, read_limit(config.memory_limit)
         self.members, self.nonmembers = _sequences(members), _sequences(nonmembers)
+        _check_precision(model)
         check_ids(model, [*self.members, *self.nonmembers])
         check_split(self.members, self.nonmembers)
         require_sequences(len(self.members), len(self.nonmembers), config.half_width)
@@ -144,12 +153,7 @@ class _Setup:
             plan = self.H.plan_for(matrix.columns(n_columns))
             return matrix.limit_bytes - matrix.budget.left_bytes + plan.predicted_bytes
 
-    def _noise_bytes(self):
-        "Of a perturbation: weights as they were, normal numbers, noise and mask"
-        needed = 14 * self.H.shape[0]
-        if needed < self.limit_bytes: return needed
-        raise MemoryBudgetExceeded(what=f"noise in {self.H.shape[0]:,} parameters", needed_bytes=needed, left_bytes=self.limit_bytes,
-                                   limit_bytes=self.limit_bytes, advice="Use a larger memory_limit, or block= for a part of the model.")
+    def _noise_bytes(self): return _noise_bytes(self.params, self.limit_bytes)
 
 # %% ../nbs/39_prm.ipynb #61c00a5c
 def _product_seconds(H):
@@ -210,8 +214,8 @@ class PRMReport:
         "Everything as JSON, the responses also as CSV"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(_plain(_record(self) | more), indent=1) + "\n")
-        self.responses.table.assign(source=self.source).to_csv(folder / "results.csv", index=False)
+        write_whole(folder / "results.json", json.dumps(_plain(_record(self) | more), indent=1) + "\n")
+        write_whole(folder / "results.csv", self.responses.table.assign(source=self.source).to_csv(index=False))
         return [folder / "results.json", folder / "results.csv"]
 
     def verdict(self) -> str:
@@ -266,7 +270,7 @@ def run_prm(
     counts = count_classes(units, units["class"])
     if source == "synthetic": table, tests, units, counts = (t.assign(source=source) for t in (table, tests, units, counts))
     return PRMReport(config, source, estimate, units, counts, responses, table, tests, parts["attacks"], parts["check"],
-                     clusters, max(parts["units"].attrs["peak_bytes"], responses.peak_bytes), time.perf_counter() - started)
+                     clusters, parts["peak_bytes"], time.perf_counter() - started)
 
 # %% ../nbs/39_prm.ipynb #81c766d3
 def _measure(setup, decode, reference):
@@ -276,14 +280,16 @@ def _measure(setup, decode, reference):
     units = measure_features(model, setup.H, setup.units, members[:n], nonmembers[:n], n_eigenvectors=config.n_eigenvectors,
                              n_products=config.n_products, threshold=config.sparsity_threshold, seed=config.seed)
     units["class"] = partition(units, config.rule, share=config.share)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), count_tensor_bytes() as counted:
         warnings.filterwarnings("ignore", ".*(tells next to nothing|there more than once)", RuntimeWarning)  # As _Setup has said
-        attacks = run_attacks(model, members, nonmembers, decode=decode, reference=reference, memory_limit=config.memory_limit, seed=config.seed)
+        attacks = run_attacks(model, members, nonmembers, decode=decode, reference=reference, memory_limit=setup.limit_bytes - setup._noise_bytes(),
+                              seed=config.seed)
     responses = measure_responses(model, setup.params, setup.units, units["class"].to_numpy(), members, nonmembers, strengths=config.strengths,
                                   n_seeds=config.n_seeds, n_controls=config.n_controls, kind=config.noise, **how)
     stderr = float(0.5 * (units.noise_variance * units.trace_stderr).pow(2).sum() ** 0.5)
     check = small_noise_check(model, setup.params, setup.units, setup.curvature_rows, float(units.curvature.sum()), stderr, **how)
-    return {"units": units, "attacks": attacks.table, "responses": responses, "check": check}
+    peak_bytes = max(units.attrs["peak_bytes"], counted.peak_bytes, responses.peak_bytes)
+    return {"units": units, "attacks": attacks.table, "responses": responses, "check": check, "peak_bytes": peak_bytes}
 
 
 def _clusters(units, config):

@@ -9,6 +9,7 @@ __all__ = ['NOISES', 'perturbed', 'permute_labels', 'strata_of', 'Responses', 'n
 # %% ../nbs/36_response.ipynb #3f349691
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .errors import InvalidInput
+from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from .language import lm_loss, lm_pairs, sequence_losses
 from .membership import _Curves, _draws, _interval
-from .memory import count_tensor_bytes
+from .memory import count_tensor_bytes, read_limit
 from .partition import CLASSES, Units
 from .progress import ProgressBar
 
@@ -38,7 +39,9 @@ def _scaled(params, units, mask, z, kind):
     noise, values = z * units.mask(mask), list(params.values())
     if kind != "absolute":
         for part, p in zip(noise.split([p.numel() for p in values]), values, strict=True): part.mul_(float(p.detach().std(correction=0)))
-    if kind == "equal_norm": noise.mul_(sum(float(p.detach().double().square().sum()) for p in values) ** 0.5 / max(float(noise.norm()), 1e-30))
+    if kind == "equal_norm":
+        norm = math.hypot(*(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) for p in values))
+        noise.mul_(norm / max(float(noise.norm()), 1e-30))
     return noise
 
 
@@ -86,6 +89,16 @@ def strata_of(
     return np.unique([f"{kind} {size}" for kind, size in zip(units.kinds, units.sizes, strict=True)], return_inverse=True)[1]
 
 # %% ../nbs/36_response.ipynb #c7ec7f0d
+def _noise_bytes(params, limit_bytes):
+    "Of a perturbation: weights as they were, normal numbers, noise, mask, and noise in the weights' own precision"
+    values = list(params.values())
+    d = sum(p.numel() for p in values)
+    needed = 10 * d + sum(p.nbytes for p in values) + max(p.nbytes * (p.dtype != torch.float32) for p in values)
+    if needed < limit_bytes: return needed
+    raise MemoryBudgetExceeded(what=f"noise in {d:,} parameters", needed_bytes=needed, left_bytes=limit_bytes, limit_bytes=limit_bytes,
+                               advice="Use a larger memory_limit, or block= for a part of the model.")
+
+
 def _peak_bytes(model, params, units, sequences, kind):
     "Of noise in all units and one piece of sequences"
     everything = np.ones(len(units), dtype=bool)
@@ -108,6 +121,7 @@ class Responses:
 def _measures(losses, n_members):
     "Loss and perplexity of non-members, AUC of the loss attack"
     loss = float(np.mean(losses[n_members:]))
+    if loss > 700: raise NotFinite(f"the mean loss is {loss:,.0f} nats, and no float holds its perplexity: use weaker noise")
     auc = float(_Curves(-losses[:n_members], -losses[n_members:]).auc(np.ones((1, len(losses))))[0])
     return {"loss": loss, "ppl": math.exp(loss), "auc": auc}
 
@@ -118,6 +132,14 @@ def _sets(classes, strata, n_seeds, n_controls, seed):
         labels = [classes, *(permute_labels(classes, strata, np.random.default_rng([seed, s, r])) for r in range(n_controls))]
         for name in (name for name in CLASSES if (classes == name).any()):
             for control, labelling in enumerate(labels, -1): yield s, name, control, labelling == name
+
+
+def _warn_of_controls(classes, strata, n_controls):
+    "Where labels cannot change places, a control is the class itself"
+    fixed = [name for name in CLASSES if (own := classes == name).any() and not np.isin(strata[~own], strata[own]).any()]
+    if fixed and n_controls:
+        warnings.warn(f"matched random controls of {', '.join(fixed)} are the class itself, and comparisons say nothing: no unit of another class is "
+                      "of the same kind and size. Use smaller units, such as unit='row'", RuntimeWarning, stacklevel=3)
 
 
 def n_passes(
@@ -151,8 +173,12 @@ def measure_responses(
     if kind not in NOISES: raise InvalidInput(f"noise is one of {', '.join(NOISES)}, not {kind!r}")
     classes, rows, losses, started = np.asarray(classes), [], {}, time.perf_counter()
     both = [*members, *nonmembers]
+    if not chunk:
+        limit_bytes = read_limit(memory_limit)
+        memory_limit = limit_bytes - _noise_bytes(params, limit_bytes)
     def read(): return sequence_losses(model, both, chunk=chunk, memory_limit=memory_limit).double().numpy()
     n_members = len(members)
+    _warn_of_controls(classes, strata_of(units), n_controls)
     base = _measures(losses.setdefault("base", read()), n_members)
     peak_bytes = _peak_bytes(model, params, units, both[:chunk], kind) if chunk else None
     total = n_passes(classes, n_strengths=len(strengths), n_seeds=n_seeds, n_controls=n_controls) - 1

@@ -192,6 +192,11 @@ _SIDES = {"LA": lambda values, k: values.argsort(descending=True)[:k], "SA": lam
           "BE": lambda values, k: torch.cat([(order := values.argsort(descending=True))[:(k + 1) // 2], order[len(order) - k // 2:]])}
 
 
+def _nothing(dtype):
+    "Of the largest value: what rounding leaves of a product that lies in the basis"
+    return max(10 * torch.finfo(dtype).eps, 1e-12)
+
+
 def _saved_basis(saved, size, matrix):
     if "basis" in saved: return saved["basis"].to(matrix.device)
     return torch.zeros(size, matrix.d, dtype=matrix.dtype, device=matrix.device)
@@ -204,6 +209,7 @@ class _Lanczos:
         self.matrix, self.n, self.n_restarts = matrix, state.get("n", 0), state.get("n_restarts", 0)
         self.basis = _saved_basis(state, size, matrix)
         self.T, self.beta = state.get("T", torch.zeros(size, size, dtype=torch.float64)), state.get("beta", 0.0)
+        self.closed, self.opened = state.get("closed", torch.zeros(0, dtype=torch.float64)), state.get("opened", 0)
 
     def start(self, seed):
         "A random unit vector, at right angles to what there is"
@@ -218,10 +224,13 @@ class _Lanczos:
         self.n, self.beta = n + 1, float(w.norm())
         scale = self.T[:n + 1, :n + 1].abs().max()
         if self.n == len(self.basis): return w
-        if self.beta > 10 * torch.finfo(w.dtype).eps * scale: self.basis[self.n] = w.div_(self.beta)
-        else:
-            self.beta = 0.0
-            self.start(seed)
+        if self.beta > _nothing(w.dtype) * scale: self.basis[self.n] = w.div_(self.beta)
+        else: self.close(seed)
+
+    def close(self, seed):
+        "Nothing is left of the last product: what eigenvalues there still are, equal some of these"
+        self.closed, self.opened, self.beta = torch.linalg.eigvalsh(self.T[self.opened:self.n, self.opened:self.n]), self.n, 0.0
+        self.start(seed)
 
     def ritz(self): return torch.linalg.eigh(self.T[:self.n, :self.n])
 
@@ -229,12 +238,12 @@ class _Lanczos:
         "Thick restart (Wu and Simon 2000): keep some Ritz vectors and the residual"
         values, vectors = self.ritz()
         _rotate(self.basis, vectors[:, keep])
-        self.n, self.n_restarts = len(keep), self.n_restarts + 1
+        self.n, self.n_restarts, self.opened = len(keep), self.n_restarts + 1, 0
         self.T.zero_().diagonal()[:self.n] = values[keep]
-        if self.beta > 10 * torch.finfo(residual.dtype).eps * values.abs().max(): self.basis[self.n] = residual.div_(self.beta)
-        else: self.start(seed)
+        if self.beta > _nothing(residual.dtype) * values.abs().max(): self.basis[self.n] = residual.div_(self.beta)
+        else: self.close(seed)
 
-    def values(self): return {"n": self.n, "n_restarts": self.n_restarts, "T": self.T, "beta": self.beta, "basis": self.basis}
+    def values(self): return {name: getattr(self, name) for name in ("n", "n_restarts", "T", "beta", "basis", "closed", "opened")}
 
 # %% ../nbs/31_spectrum.ipynb #f0fa9089
 def top_eigenpairs(
@@ -289,7 +298,14 @@ def _judge(lanczos, which, k, tol):
     errors = lanczos.beta * vectors[-1, chosen].abs()
     noise = 10 * torch.finfo(lanczos.matrix.dtype).eps * values.abs().max()
     good = bool((errors <= (tol * values[chosen].abs()).clamp_min(noise)).all()) and lanczos.n > k
-    return good or lanczos.n == lanczos.matrix.d, chosen, errors
+    return good and _none_missing(lanczos, which, values, chosen, noise) or lanczos.n == lanczos.matrix.d, chosen, errors
+
+
+def _none_missing(lanczos, which, values, chosen, noise):
+    "Whether the wanted stay the same with the equals that may be left"
+    more = torch.cat([values, lanczos.closed])
+    wanted = more[_SIDES[which](more, len(chosen))]
+    return bool((wanted.sort().values - values[chosen].sort().values).abs().max() <= noise)
 
 
 def _kept(lanczos, which, k, size):

@@ -80,3 +80,13 @@ def test_a_class_for_all_has_no_silhouette(flat):
     table, _ = units(40, 0)
     found = find_clusters(table, pd.Series(["both"] * 40), n_maps=0, n_permutations=3)
     assert np.isnan(found.class_silhouette) and found.class_p == 1
+
+
+def test_what_is_not_known_lies_in_the_middle():
+    "Also where most is not known: above all ranks is not the middle"
+    scores = normal_scores(pd.DataFrame({"a": [np.nan] * 30 + list(range(10))}))[:, 0]
+    assert (scores[:30] == 0).all() and (scores[30:] < 0).sum() == (scores[30:] > 0).sum() == 5
+
+
+def test_an_unknown_rule_is_refused_before_any_map(flat):
+    with pytest.raises(InvalidInput, match="rule is 'calibrated' or 'paper', not 'papr'"): find_clusters(*units(30, 0), rule="papr")

@@ -93,6 +93,42 @@ def test_training_with_less_memory_is_the_same_training():
     assert large.losses[-1] < large.losses[0] == pytest.approx(small.losses[0])
 
 
+@pytest.mark.parametrize("epochs", [1, 20])
+def test_training_of_a_single_step_and_of_twenty(epochs):
+    "Twenty steps once divided by zero, and one step had no rate"
+    model, start = gpt(), gpt()
+    train_lm(model, torch.stack(ragged([13] * 8)), epochs=epochs)
+    assert max(float((p - q).detach().abs().max()) for p, q in zip(model.parameters(), start.parameters(), strict=True)) > 1e-4
+
+
+def test_a_training_that_is_refused_or_breaks_leaves_the_model_in_eval_mode():
+    broken = gpt()
+    with torch.no_grad(): broken.tokens.weight[0] = torch.nan
+    for model, limit, error in ((gpt(), "2kB", MemoryBudgetExceeded), (broken, None, NotFinite)):
+        with pytest.raises(error): train_lm(model, torch.stack(ragged([13] * 8)), epochs=3, memory_limit=limit)
+        assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_bytes_of_any_length_are_tokens():
+    "What fills up shorter ones does not fit in uint8"
+    rows = ragged([9, 3, 5])
+    torch.testing.assert_close(sequence_losses(gpt(), [row.to(torch.uint8) for row in rows], chunk=3), sequence_losses(gpt(), rows, chunk=3))
+
+
+def test_forbidden_symbols_do_not_spoil_what_the_model_expects():
+    "A vocabulary filled up with symbols at minus infinity is the vocabulary without them"
+    class Bigrams(nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = nn.Parameter(logits)
+
+        def forward(self, ids): return self.logits[ids]
+    logits, ids = torch.randn(9, 11, generator=torch.Generator().manual_seed(0)), torch.arange(9).repeat(2)[None]
+    without, forbidden = score_tokens(Bigrams(logits), ids), score_tokens(Bigrams(torch.cat([logits, torch.full((9, 2), -torch.inf)], 1)), ids)
+    for name in ("log_probs", "means", "stds"): torch.testing.assert_close(getattr(forbidden, name), getattr(without, name))
+    with pytest.raises(NotFinite): score_tokens(Bigrams(logits.masked_fill(torch.eye(9, 11).bool().roll(1, 1), -torch.inf)), ids)
+
+
 def test_training_learns_what_can_be_known():
     "A cycle of three symbols costs nothing once it is known"
     model = GPT(3, context=8, width=16, n_heads=2, n_layers=1)

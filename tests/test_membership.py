@@ -1,6 +1,7 @@
 "Membership attacks against slow, obvious counts; intervals against their promise; splits that are none"
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gausssafe.errors import InvalidInput
 from gausssafe.language import GPT
 from gausssafe.membership import (
     _Curves,
+    _min_k,
     attack_result,
     attack_scores,
     auc_difference,
@@ -83,6 +85,13 @@ def test_min_k_of_one_is_the_mean_and_ends_do_not_count():
         z = (true - mean) / ((log_p.exp() * (log_p - mean[:, None]) ** 2).sum(1)).sqrt()
         assert float(found["min_k"][i]) == pytest.approx(float(z.sort().values[:math.ceil(0.5 * len(z))].mean()), rel=1e-3)
         assert float(found["loss"][i]) == pytest.approx(float(true.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("frac, n, n_least", [(0.3, 50, 15), (0.6, 25, 15), (0.2, 15, 3), (0.2, 16, 4), (1.0, 7, 7)])
+def test_min_k_takes_its_share_to_the_token(frac, n, n_least):
+    "0.3 of 50 is a little more than 15 in float32"
+    scores = SimpleNamespace(log_probs=torch.arange(n)[None].float(), means=torch.zeros(1, n), stds=torch.ones(1, n))
+    assert float(_min_k(scores, frac)) == (n_least - 1) / 2
 
 
 def test_a_model_is_no_reference_for_itself():

@@ -10,6 +10,7 @@ from torch import nn
 from gausssafe.errors import InvalidInput
 from gausssafe.hvp import HessianOperator
 from gausssafe.language import GPT, lm_loss, lm_pairs
+from gausssafe.memory import count_tensor_bytes
 from gausssafe.partition import (
     CLASSES,
     count_classes,
@@ -69,6 +70,14 @@ def test_alignment_is_the_cosine_with_the_projection(gpt):
         if units.sizes[i] > 3: assert found.alignment[i] == pytest.approx(cosine, abs=1e-6)
         share = float(V[part].square().sum()) / 3
         assert found.enrichment[i] == pytest.approx(share / (units.sizes[i] / units.d))
+
+
+def test_alignment_with_eigenvectors_that_have_no_part_in_a_unit():
+    "Directions that are not there are none to be aligned with"
+    units, V, w = find_units({"w": torch.zeros(3, 6)}), torch.zeros(18, 3), torch.arange(1.0, 19)
+    V[6:12, 0], V[12, 1], V[13, 2] = 6**-0.5, 1, 1
+    wanted = [0, float(w[6:12].sum() / (6**0.5 * w[6:12].norm())), float(w[12:14].norm() / w[12:].norm())]
+    assert eigenspace_features(units, w, V).alignment.tolist() == pytest.approx(wanted)
 
 
 def test_random_weights_have_uniform_p_values():
@@ -133,9 +142,26 @@ def test_sparsity_is_that_of_the_inputs():
     embedded = model.embed(inputs)
     hidden = torch.relu(model.hidden(embedded))
     for i in range(5): assert found[f"embed.weight[{i}]"] == pytest.approx(float((inputs != i).float().mean()))
-    counts = [float((part.abs() < 0.1 * part.square().mean().sqrt()).sum()) for part in hidden.split(8)]  # Eight sequences at a time
+    counts = [float((part.abs() < 0.1 * part.square().mean().sqrt()).sum()) for part in hidden]  # A sequence at a time
     assert found["out.weight[2]"] == found["out.weight[0]"] == pytest.approx(sum(counts) / hidden.numel())
     assert found["hidden.bias"] == 0 and outliers(units, params).min() > 0
+
+
+def test_sparsity_does_not_see_what_fills_up_shorter_sequences(gpt):
+    params = dict(gpt.named_parameters())
+    units, rows = find_units(params), [row[:n].clamp_min(1) for row, n in zip(tokens(5), (7, 3, 2, 2, 5), strict=True)]
+    alone, lengths = [input_sparsity(gpt, params, [row], units) for row in rows], [len(row) - 1 for row in rows]
+    found = input_sparsity(gpt, params, rows, units)
+    np.testing.assert_allclose(found, np.average(alone, axis=0, weights=lengths), atol=1e-6)
+    assert found[0] == 1
+
+
+def test_sparsity_holds_a_sequence_at_a_time(gpt):
+    params, peaks = dict(gpt.named_parameters()), []
+    for n in (1, 16):
+        with count_tensor_bytes() as counted: input_sparsity(gpt, params, tokens(n), find_units(params))
+        peaks.append(counted.peak_bytes)
+    assert peaks[1] < 2 * peaks[0]
 
 
 def table_of(**columns): return pd.DataFrame({"n_params": 1, **columns})
@@ -152,8 +178,8 @@ def test_the_paper_rule_word_by_word():
 def test_the_calibrated_rule_has_its_shares(rows, share):
     table = table_of(contrast=[c for c, _ in rows], curvature=[h for _, h in rows])
     counts = count_classes(table, partition(table, share=share))
-    n = round(share * len(table))
-    assert counts.n_units["func"] == min(n, len(table)) and counts.n_units["sens"] in (n, len(table) - n) and counts.n_units.sum() == len(table)
+    n = min(round(share * len(table)), len(table) // 2)
+    assert counts.n_units["func"] == counts.n_units["sens"] == n and counts.n_units.sum() == len(table)
 
 
 def test_the_calibrated_rule_puts_extremes_where_they_belong():

@@ -1,4 +1,5 @@
 "The whole map: the truth of a synthetic model comes back, real models stay in their limit, and nothing is claimed that was not measured"
+import copy
 import json
 import math
 
@@ -133,6 +134,8 @@ BAD = {
     "rule": (lambda m: PRMConfig(rule="papr"), InvalidInput, "there is no rule 'papr': did you mean 'paper'?"),
     "field": (lambda m: PRMConfig(strength=1.0), InvalidInput, "there is no field 'strength': did you mean 'strengths'?"),
     "strengths": (lambda m: PRMConfig(strengths=(0.0,)), InvalidInput, "every strength is above 0, and finite"),
+    "strengths twice": (lambda m: PRMConfig(strengths=(0.1, 0.1)), InvalidInput, "every strength is there once"),
+    "bfloat16": (lambda m: run_prm(copy.deepcopy(m).bfloat16(), tokens(150), tokens(150, 1)), InvalidInput, "use model.float()"),
     "profile": (lambda m: PRMConfig.profile("huge"), InvalidInput, "there is no profile 'huge': use small, medium, opt-125m"),
     "block": (lambda m: run_prm(m, tokens(150), tokens(150, 1), PRMConfig(block="layers")), InvalidInput, "names none of params"),
 }
@@ -164,3 +167,22 @@ def test_the_profiles_are_those_of_the_design():
     labels = medium.n_seeds * medium.n_controls
     assert len(medium.strengths) / (1 + labels) < 0.05  # A corrected p-value can be significant at all
     assert np.isfinite(float(lm_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long))))
+
+
+def test_a_report_is_written_whole_or_not_at_all(report, tmp_path, monkeypatch):
+    report.save(tmp_path)
+    before = [(tmp_path / name).read_bytes() for name in ("results.json", "results.csv")]
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): report.save(tmp_path, note="more")
+    assert [(tmp_path / name).read_bytes() for name in ("results.json", "results.csv")] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
+
+
+@pytest.mark.filterwarnings("ignore:.*give an AUC:RuntimeWarning")
+def test_the_peak_is_that_of_the_attacks_too():
+    "They had the whole limit to themselves, and were not in what the report says"
+    model, sides = GPT(12, context=16, width=64, n_heads=2, n_layers=1).eval(), (tokens(60)[:, :12], tokens(60, seed=1)[:, :12])
+    config = PRMConfig(**TINY | dict(block="blocks.0.up", memory_limit="1100kB", n_products=6, n_eigenvectors=1, n_curvature=4, strengths=(0.1,),
+                                     n_seeds=1))
+    with count_tensor_bytes() as counted: report = run_prm(model, *sides, config, tell=quiet)
+    assert counted.peak_bytes <= min(report.peak_bytes, 1_100_000)

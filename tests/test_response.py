@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gausssafe.errors import InvalidInput, NotFinite
+from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.language import GPT, sequence_losses
 from gausssafe.membership import attack_result
+from gausssafe.memory import count_tensor_bytes
 from gausssafe.partition import CLASSES, find_units
 from gausssafe.response import (
     Responses,
@@ -150,3 +151,31 @@ def test_the_rank_test_is_exact_where_all_are_exchangeable():
     "Over all orders of five numbers, each p-value comes as often as it should"
     p = [_rank_p(order[0], np.array(order[1:])) for order in permutations([0.0, 1.0, 3.0, 7.0, 20.0])]
     for level in (0.2, 0.4, 0.6, 0.8): assert np.mean(np.array(p) <= level + 1e-9) <= level + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute", "equal_norm"])
+def test_the_limit_holds_noise_as_well_as_passes(kind):
+    model = GPT(400, context=8, width=32, n_heads=2, n_layers=1).eval()
+    params = dict(model.named_parameters())
+    units, limit_bytes = find_units(params), 1_000_000
+    classes = np.resize(CLASSES, len(units))
+    def measure(limit): return measure_responses(model, params, units, classes, tokens(20), tokens(20, 1), strengths=(0.1,), n_seeds=1, kind=kind,
+                                                 memory_limit=limit)
+    with count_tensor_bytes() as counted: measure(limit_bytes)
+    assert 14 * units.d / 2 < counted.peak_bytes <= limit_bytes
+    with pytest.raises(MemoryBudgetExceeded, match="noise in .* parameters"): measure(14 * units.d)
+
+
+def test_a_perplexity_that_no_float_holds_is_named(setup):
+    model, params, units = setup
+    with pytest.raises(NotFinite, match="the mean loss is .* nats, and no float holds its perplexity: use weaker noise"):
+        measure_responses(model, params, units, np.resize(CLASSES, len(units)), tokens(5), tokens(5, 1), strengths=(1e5,), kind="absolute")
+
+
+def test_controls_that_cannot_differ_are_told(setup):
+    model, params, _ = setup
+    units = find_units(params, "tensor")
+    classes = np.where([name.startswith("tokens") for name in units.names], "func", "both")
+    with pytest.warns(RuntimeWarning, match="matched random controls of func, both are the class itself"):
+        found = measure_responses(model, params, units, classes, tokens(5), tokens(5, 1), strengths=(0.3,), n_seeds=1)
+    assert (compare_with_controls(found).difference.abs() < 1e-12).all()

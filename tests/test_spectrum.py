@@ -300,3 +300,17 @@ def test_bad_input():
         with pytest.raises(InvalidInput, match=message): call()
     with pytest.raises(NotFinite, match="a product: 10 of 10"): top_eigenpairs(torch.full((10, 10), torch.nan), k=2)
     assert np.isclose(float(trace(torch.zeros(50, 50), 10)), 0) and float(top_eigenpairs(torch.zeros(50, 50), k=2)[0].abs().max()) == 0
+
+
+@pytest.mark.parametrize("which", ["LA", "LM", "BE"])
+@pytest.mark.parametrize("values", [[5.0] * 3 + [1.0] * 27, [10.0, 8, 6, 4, 2] * 2 + [0.0] * 90, [-7.0, -6, 5] + [0.1] * 60, [2.0] * 30])
+def test_equal_eigenvalues_are_all_there_where_the_basis_closes(values, which):
+    rng = np.random.default_rng(0)
+    Q, values = np.linalg.qr(rng.normal(size=(len(values),) * 2))[0], np.array(values)
+    for k in (1, 3, 4):
+        found, vectors, info = top_eigenpairs((Q * values) @ Q.T, k=k, which=which, seed=1)
+        order = np.sort(values)[::-1]
+        wanted = {"LA": order[:k], "LM": values[np.argsort(-abs(values), kind="stable")][:k],
+                  "BE": np.r_[order[:(k + 1) // 2], order[len(order) - k // 2:]]}[which]
+        np.testing.assert_allclose(np.sort(found.numpy()), np.sort(wanted), atol=1e-9)
+        assert info.converged and abs(vectors.T @ vectors - torch.eye(k)).max() < 1e-9
