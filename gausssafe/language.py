@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import InvalidInput, MemoryBudgetExceeded, NotFinite
-from .hvp import _capped, _OverLimit, _probe
+from .hvp import _capped, _check_mode, _OverLimit, _probe
 from .memory import count_tensor_bytes, read_limit
 from .progress import ProgressBar
 from .units import format_bytes
@@ -302,6 +302,7 @@ def _losses(logits, targets):
 def _apply(model, rows, use, chunk, memory_limit, what):
     "(a result for each sequence, chunk, predicted bytes, peak bytes) of `use(logits, targets)`, the longest first"
     check_ids(model, rows)
+    _check_mode(model)
     device, order = next(model.parameters()).device, sorted(range(len(rows)), key=lambda i: -len(rows[i]))
 
     def piece(indices):

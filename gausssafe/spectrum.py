@@ -179,7 +179,7 @@ def _require_writable(partial):
 class EigenInfo:
     "How eigenpairs were found"
     residuals: torch.Tensor  # |A v - lambda v|, one each
-    converged: bool  # All residuals <= tol |lambda|
+    converged: bool  # All residuals <= tol |lambda|, or within rounding of the largest
     n_products: int  # In this call
     n_restarts: int
     basis_size: int  # Vectors of the basis at most

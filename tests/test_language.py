@@ -109,6 +109,14 @@ def test_a_training_that_is_refused_or_breaks_leaves_the_model_in_eval_mode():
         assert not model.training and all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_that_drops_at_random_is_not_scored():
+    "Its losses would be others at each call"
+    model = nn.Sequential(nn.Embedding(13, 4), nn.Dropout(0.1), nn.Linear(4, 13))
+    for score in (score_tokens, sequence_losses):
+        with pytest.raises(InvalidInput, match=r"1 drops 10% of its input. Call model.eval\(\) first"): score(model, torch.stack(ragged([9] * 3)))
+    assert sequence_losses(model.eval(), torch.stack(ragged([9] * 3))).shape == (3,)
+
+
 def test_bytes_of_any_length_are_tokens():
     "What fills up shorter ones does not fit in uint8"
     rows = ragged([9, 3, 5])
