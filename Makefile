@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-JOBS ?= 2
+# One more than the two cores, as some tests wait
+JOBS ?= 3
 # Linux: torch from PyPI brings gigabytes of CUDA. `make demo TORCH_INDEX=<an index of CPU wheels>` avoids that.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SETTINGS := settings.ini setup.py pyproject.toml constraints.txt
@@ -36,7 +37,7 @@ demo: $(VENV)/.user  ## a GAN on quantum noise, one on classical, and a run that
 	$(BIN)/gausssafe batch nbs/experiments/demo.json --results $(DEMO) --jobs 2 --memory 3GB
 
 test: $(VENV)/.dev  ## the fast tests and every notebook, under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not torture and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not torture and not gpu"
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"

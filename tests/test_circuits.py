@@ -107,7 +107,7 @@ def agrees(program, engine, seed):
 any_program = given(programs(), st.sampled_from(["auto", "statevector"]), st.integers(0, 99))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @any_program
 def test_random_circuits_agree_with_default_qubit(program, engine, seed):
     agrees(program, engine, seed)

@@ -94,7 +94,7 @@ def test_equal_configurations_give_equal_reports(report, trained):
 
 
 @pytest.mark.filterwarnings("ignore:.*give an AUC:RuntimeWarning")
-@pytest.mark.parametrize("limit", ["2MB", "8MB"])
+@pytest.mark.parametrize("limit", ["2MB", pytest.param("8MB", marks=pytest.mark.slow)])
 def test_the_limit_is_kept_and_predicted(trained, limit):
     config, sides = PRMConfig(**TINY | dict(memory_limit=limit, strengths=(1.0,), n_seeds=1)), (tokens(60), tokens(60, seed=1))
     estimate = estimate_prm(trained, *sides, config)
