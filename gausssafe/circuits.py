@@ -184,10 +184,11 @@ class ExecutionPlan:
         piece, tile, keep = _layout(self, batch, dtype.itemsize, True)
         return self._engine.bytes(piece, dtype.itemsize, tile, keep) + batch * self._beside_bytes * dtype.itemsize
 
-    def _in_parts(self, parts, batch, like, _):
+    def _in_parts(self, parts, size, like, seed, needs_grad):
         "(results, None) of a batch that comes in parts"
-        results = like.new_empty(batch, self.n_results)
-        for first, part in parts: results[first:first + len(part[next(iter(self.circuit.per_sample))])] = self._whole(part)
+        _layout(self, size, like.dtype.itemsize, needs_grad)  # What does not fit is refused before anything is allocated
+        results = like.new_empty(len(like), self.n_results)
+        for first, part in parts: results[first:first + size] = self._whole(part)
         return results, None
 
     def explain(self) -> str:
@@ -304,7 +305,7 @@ class _InParts(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         like = next(tensor for tensor, batched in zip(tensors, plan._batched.values(), strict=False) if batched)
         parts = ((first, _part(plan, tensors, first, size)) for first in range(0, len(like), size))
-        try: return plan._in_parts(parts, len(like), like, seed)
+        try: return plan._in_parts(parts, size, like, seed, any(ctx.needs_input_grad))
         except (InvalidInput, NotFinite): _complain(plan, tensors)  # Of the whole batch
 
     @staticmethod
@@ -462,8 +463,10 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, seed, *tensors):
         arrays = _entries(plan, [t.detach().numpy() for t in tensors])
-        results = plan._undrawn(arrays[0].shape[1], tensors[0])
-        try: _draw(plan, *arrays, seed, any(ctx.needs_input_grad), results, 0)
+        batch, dtype = arrays[0].shape[1], arrays[0].dtype
+        chunks = _chunks(plan, batch, dtype.itemsize, any(ctx.needs_input_grad))
+        results = _Results(plan._columns, plan._constants, batch, dtype)
+        try: _draw(plan, *arrays, seed, any(ctx.needs_input_grad), chunks, results)
         except _Unfit: _complain(plan, tensors)
         ctx.plan, ctx.saved = plan, results.saved
         ctx.save_for_backward(*tensors)
@@ -541,14 +544,14 @@ class ShotPlan(ExecutionPlan):
         numbers, results = _applied(_Straight, self, seed, *_like(tensors, _CPU))
         return _like([numbers], device)[0], results
 
-    def _undrawn(self, batch, like): return _Results(self._columns, self._constants, batch, np.dtype(str(like.dtype).split(".")[1]))
-
-    def _in_parts(self, parts, batch, like, seed):
+    def _in_parts(self, parts, size, like, seed, needs_grad):
         "(numbers, all that was drawn) of a batch that comes in parts"
-        results = self._undrawn(batch, like)
+        _chunks(self, size, like.dtype.itemsize, needs_grad)
+        results = _Results(self._columns, self._constants, len(like), np.dtype(str(like.dtype).split(".")[1]))
         for first, part in parts:
             tensors, _ = self._prepared(part)
-            try: _draw(self, *_entries(self, [t.numpy() for t in _like(tensors, _CPU)]), seed, False, results, first)
+            values, numbers = _entries(self, [t.numpy() for t in _like(tensors, _CPU)])
+            try: _draw(self, values, numbers, seed, False, _chunks(self, values.shape[1], values.dtype.itemsize, False), results, first)
             except _Unfit: _complain(self, tensors)
         return torch.from_numpy(results.numbers).T.to(like.device), results
 
@@ -575,11 +578,15 @@ class _Unfit(Exception):
     "An engine met a number that cannot be"
 
 
-def _draw(plan, values, numbers, seed, needs_grad, results, start):
+def _chunks(plan, batch, itemsize, needs_grad):
+    "Those of all draws; what does not fit is refused before anything is allocated"
+    if needs_grad: _layout(plan, batch, itemsize, True)  # The way back must fit too
+    return [_chunk(plan, number, batch, itemsize) for number in range(len(plan._draws))]
+
+
+def _draw(plan, values, numbers, seed, needs_grad, chunks, results, start=0):
     "All draws, chunk by chunk, of samples that begin at `start` of the whole batch"
     batch, itemsize = values.shape[1], values.dtype.itemsize
-    if needs_grad: _layout(plan, batch, itemsize, True)  # The way back must fit too
-    chunks = [_chunk(plan, number, batch, itemsize) for number in range(len(plan._draws))]
     for number, (draw, (chunk, limit)) in enumerate(zip(plan._draws, chunks, strict=True)):
         for first in range(0, batch, chunk):
             part = values[:, first:first + chunk]

@@ -15,8 +15,8 @@ FAST = [
     ("statevector", 10, 1, 1, 16, 0), ("statevector", 10, 12, 5, 4096, 0), ("statevector", 18, 1, 5, 1, 0), ("symmetric", 14, 1, 20, 4096, 0),
     ("symmetric", 10, 12, 5, 65536, 0), ("heisenberg", 14, 1, 20, 65536, 0), ("auto", 18, 1, 5, 4096, 0),
     ("auto", 14, 12, 5, 1, 0), ("auto", 4, 12, 20, 65536, 0), ("probs", 4, 2, 20, 65536, 20), ("auto", 4, 1, 20, 65536, 20),
-    ("symmetric", 20, 12, 500, 16, 0), ("statevector", 16, 12, 5, 1, 0), ("statevector", 4, 1, 1, 65536, 0), ("probs", 4, 1, 1, 65536, 20),
-    ("tangled", 4, 3, 1, 65536, 0), ("tangled", 4, 3, 20, 65536, 20), ("two", 4, 3, 1, 65536, 0), ("two", 4, 3, 5, 262144, 20),
+    ("symmetric", 14, 1, 1, 65536, 20), ("symmetric", 20, 12, 500, 16, 0), ("statevector", 16, 12, 5, 1, 0), ("statevector", 4, 1, 1, 65536, 0),
+    ("probs", 4, 1, 1, 65536, 20), ("tangled", 4, 3, 1, 65536, 0), ("tangled", 4, 3, 20, 65536, 20), ("two", 4, 3, 1, 65536, 0), ("two", 4, 3, 5, 262144, 20),
 ]  # (engine, qubits, layers, limit in MB, batch, shots)
 
 
@@ -100,7 +100,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 @linux
 def test_process_bytes_stay_within_the_limit():
     found = list(check(FAST))
-    assert sum(refused for *_, refused in found) <= 1, found
+    assert sum(refused for *_, refused in found) <= 2, found
 
 
 @linux
