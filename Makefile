@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-# One more than the two cores, as some tests wait
-JOBS ?= 3
+JOBS ?= 2
 # Linux: torch from PyPI brings gigabytes of CUDA. `make demo TORCH_INDEX=<an index of CPU wheels>` avoids that.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SETTINGS := settings.ini setup.py pyproject.toml constraints.txt
