@@ -21,8 +21,6 @@ import gausssafe.circuits as circuits
 from gausssafe.circuits import QuantumLayer, compile_circuit
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 TURNS = [qml.RX, qml.RY, qml.RZ, qml.PhaseShift]
 TURNS2 = [qml.CRX, qml.CRY, qml.CRZ, qml.ControlledPhaseShift, qml.IsingXX, qml.IsingYY, qml.IsingZZ, qml.SingleExcitation]
 FIXED = [qml.Hadamard, qml.S, qml.T, qml.PauliX, qml.PauliY, qml.PauliZ, qml.SX]

@@ -18,8 +18,6 @@ from test_circuits import LOOSE, built, programs
 from gausssafe.device import GausssafeQubit, UnsupportedCircuit
 from gausssafe.errors import MemoryBudgetExceeded, NotFinite
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 
 def flat(results):
     results = results if isinstance(results, (list, tuple)) else [results]

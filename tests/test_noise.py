@@ -21,8 +21,6 @@ from scipy import stats
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.noise import ClassicalNoise, QuantumNoise, QuantumShadowNoise, seed_streams
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 
 def circuit(n_qubits, n_layers, seed=0, **options): return QuantumNoise(n_qubits, n_layers, seed, **options).double()
 

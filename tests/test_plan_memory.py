@@ -10,8 +10,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 MB = 10**6
 FAST = [
     ("statevector", 10, 1, 1, 16, 0), ("statevector", 10, 12, 5, 4096, 0), ("statevector", 18, 1, 5, 1, 0), ("symmetric", 14, 1, 20, 4096, 0),

@@ -18,8 +18,6 @@ from gausssafe.errors import InvalidInput, NotFinite
 from gausssafe.noise import QuantumNoise, QuantumShadowNoise
 from gausssafe.shadows import classical_shadow, shadow_expval, shadow_law
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 TURN = [np.array([[1, 1], [1, -1]]) / math.sqrt(2), np.array([[1, -1j], [1, 1j]]) / math.sqrt(2), np.eye(2)]  # X, Y, Z to bits
 PAULI = {"I": np.eye(2), "X": np.array([[0, 1], [1, 0]]), "Y": np.array([[0, -1j], [1j, 0]]), "Z": np.diag([1, -1])}
 

@@ -16,8 +16,6 @@ from gausssafe.circuits import ExecutionPlan, QuantumLayer, ShotPlan, compile_ci
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.shots import draw_counts, draw_samples, eigen_law, joint_law
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 SHAPES = {"inputs": (3,), "w": (2, 3, 3)}
 
 

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from gausssafe.circuits import compile_circuit
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 AFTER1, AFTER2 = [qml.RX, qml.RY, qml.RZ, qml.PhaseShift], [qml.CRX, qml.CRY, qml.CRZ, qml.IsingXX, qml.IsingZZ, qml.ControlledPhaseShift]
 MEASURED = {
     "z": lambda n: [qml.expval(qml.Z(i)) for i in range(n)],

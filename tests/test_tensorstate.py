@@ -12,8 +12,6 @@ from gausssafe.circuits import compile_circuit
 from gausssafe.errors import InvalidInput, MemoryBudgetExceeded, NotFinite
 from gausssafe.memory import count_tensor_bytes
 
-pytestmark = pytest.mark.xdist_group("circuits")  # Where one process has compiled the kernels
-
 
 def elsewhere(plan):
     "The plan as it runs where tensors are not on the CPU"
