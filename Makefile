@@ -36,7 +36,7 @@ demo: $(VENV)/.user  ## a GAN on quantum noise, one on classical, and a run that
 	$(BIN)/gausssafe batch nbs/experiments/demo.json --results $(DEMO) --jobs 2 --memory 3GB
 
 test: $(VENV)/.dev  ## the fast tests and every notebook, under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not torture and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not torture and not gpu"
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -116,7 +116,8 @@ def test_quantum_vs_classical(tmp_path):
     assert record["differences"]["quantum - normal"]["mean"] == pytest.approx(sum(by_hand) / 2)
 
 
-@pytest.mark.parametrize("changes", [dict(noise="quantum"), dict(noise="normal", target="uniform_square", generator="bounded")])
+@pytest.mark.parametrize("changes", [dict(noise="quantum"), pytest.param(dict(noise="normal", target="uniform_square", generator="bounded"),
+                                                                           marks=pytest.mark.slow)])
 def test_gan_2d(tmp_path, changes):
     nb = run("gan_2d", tmp_path, **SMALL, metrics_every=2, **changes)
     folder = tmp_path / "found"
