@@ -218,7 +218,8 @@ def test_stop_takes_all(start, stop, tmp_path):
 
 
 def test_cells(start):
-    code = "import sys\nprint('ready', flush=True)\nkept = []\nfor line in sys.stdin: kept.append(b'x' * int(line)); del kept[:-1]; print('done', flush=True)"
+    code = "import sys\nprint('ready', flush=True)\nkept = []\nfor line in sys.stdin:\n    kept.append(b'x' * int(line))\n    del kept[:-1]\n" + (
+        "    print('done', flush=True)")
     # The kernel's own stdin is /dev/null, so it reads its orders from a pipe of ours
     read_end, write_end = os.pipe()
     os.set_inheritable(read_end, True)
